@@ -1,0 +1,74 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <cassert>
+
+#include "cuda/decode_kv.h"
+
+namespace jax_gdn {
+namespace {
+
+// The y and z axes of a grid (HV and B) are 16-bit.
+constexpr int64_t kMaxGridYZ = 65535;
+
+// Columns a block should own, by the number of states alone: small tiles give a
+// small batch enough blocks to fill the chip, large ones read longer rows.
+int PreferredTile(int64_t states) {
+  if (states <= 128) return 16;
+  if (states < 512) return 32;
+  return 64;
+}
+
+const Kernel* FindKernel(int K, int VT) {
+  for (const Kernel& kernel : DecodeKVKernels()) {
+    if (kernel.K == K && kernel.VT == VT) return &kernel;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V) {
+  if (K != 64 && K != 128 && K != 192 && K != 256) {
+    return "the CUDA kernel takes K of 64, 128, 192 or 256; got K = " +
+           std::to_string(K);
+  }
+  if (V % 16 != 0) {
+    return "the CUDA kernel takes V in multiples of 16; got V = " + std::to_string(V);
+  }
+  if (B > kMaxGridYZ || HV > kMaxGridYZ) {
+    return "the CUDA kernel takes B and HV up to 65535; got B = " + std::to_string(B) +
+           ", HV = " + std::to_string(HV);
+  }
+  return std::nullopt;
+}
+
+LaunchPlan PlanDecode(const DecodeParams& params) {
+  int VT = PreferredTile(params.B * params.HV);
+  while (params.V % VT != 0) VT /= 2;
+  const Kernel* kernel = FindKernel(params.K, VT);
+  assert(kernel != nullptr && "WhyUnsupported was not asked");
+  return {kernel, static_cast<unsigned>(params.V / VT),
+          static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
+          /*shared_bytes=*/0};
+}
+
+CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,
+                  cudaStream_t stream) {
+  void* arguments[] = {const_cast<DecodeParams*>(&params)};
+  return {cudaLaunchKernel(
+              plan.kernel->function, dim3(plan.grid_x, plan.grid_y, plan.grid_z),
+              dim3(plan.kernel->threads), arguments, plan.shared_bytes, stream),
+          "cudaLaunchKernel"};
+}
+
+CudaStatus LoadKernels() {
+  for (const Kernel& kernel : DecodeKVKernels()) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
+    if (error != cudaSuccess) return {error, "cudaFuncGetAttributes"};
+  }
+  return {};
+}
+
+}  // namespace jax_gdn

@@ -1,0 +1,37 @@
+// The operands of one decode call as a runtime hands them over, and their checks,
+// the same for every platform.
+//
+// Python has checked the call already, with better words; these checks stand
+// between a wrong program (an edited export, say) and memory.
+#ifndef JAX_GDN_FFI_OPERANDS_H_
+#define JAX_GDN_FFI_OPERANDS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <variant>
+
+#include "ffi/decode_params.h"
+
+namespace jax_gdn {
+
+struct Tensor {
+  void* data;
+  DType dtype;
+  const int64_t* sizes;
+  size_t rank;
+};
+
+struct DecodeOperands {
+  Tensor q, k, v, state, A_log, a, dt_bias, b;
+  Tensor out, new_state;
+  float scale;
+  bool use_qk_l2norm;
+};
+
+// The parameters, or what is wrong with the operands.
+std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands);
+
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_FFI_OPERANDS_H_

@@ -1,0 +1,69 @@
+"""Loads the native modules and hands their handlers to XLA, once.
+
+The only importer of `_cpu` and `_cuda`. Neither import touches a device.
+"""
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jaxlib
+
+# Targets are global to the process and stay in exported programs, so the name
+# carries the version of the call's signature.
+DECODE_TARGET = "jax_gdn.decode.v1"
+
+
+def _runtime_ffi_version() -> tuple[int, int]:
+    """Returns the FFI version that the running jaxlib speaks, from its headers."""
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text(encoding="utf-8")
+    major, minor = (
+        int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", text)[0])
+        for part in ("MAJOR", "MINOR")
+    )
+    return major, minor
+
+
+def _load(name: str) -> ModuleType | None:
+    """Imports a native module; None where this build does not have it."""
+    try:
+        return importlib.import_module(f"jax_gdn.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"jax_gdn.{name}":
+            raise
+        return None
+
+
+def _check_ffi_version(module: ModuleType) -> None:
+    # A jaxlib that is handed handlers of a newer FFI version refuses them by
+    # breaking the whole backend, so they are held back here.
+    built, runs = module.FFI_API_VERSION, _runtime_ffi_version()
+    if built[0] != runs[0] or built[1] > runs[1]:
+        raise ImportError(
+            f"jax_gdn: {module.__name__} was built with XLA FFI {built[0]}.{built[1]}, "
+            f"but jaxlib {jaxlib.version.__version__} speaks {runs[0]}.{runs[1]}. "
+            "Upgrade jaxlib, or rebuild jax_gdn against this one."
+        )
+
+
+def _register(module: ModuleType, platform: str) -> None:
+    _check_ffi_version(module)
+    stages = module.handlers()["decode"]
+    jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
+
+
+cpu = _load("_cpu")
+cuda = _load("_cuda")
+
+if cpu is None:
+    raise ImportError(
+        "jax_gdn: the native module _cpu is missing. This is most likely the source "
+        "tree: install it with `pip install .` and run from elsewhere, or use the "
+        "`jax-gdn` script and `pytest --import-mode=importlib`."
+    )
+_register(cpu, "cpu")
+if cuda is not None:
+    _register(cuda, "CUDA")
