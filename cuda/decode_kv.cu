@@ -6,22 +6,21 @@
 // over K gives u = beta (v - p) and out = r + (q.k) u (scale folded into q), and
 // S_new = exp(g) S_old + k u^T is written from the registers that hold S_old.
 //
-// A block owns the K x VT tile of one state. A thread owns 4 neighbouring columns
-// (16 bytes) of the rows of one residue r = row mod kRowGroups:
+// A block owns the K x VT tile of one state, in 2 VT threads. A thread owns 4
+// neighbouring columns (16 bytes) of the rows g, g + 8, g + 16, ... of its group g:
 //
 //               column 0..3   4..7     ...    VT-4..VT-1
 //     row 0      thread 0    thread 1  ...   thread L-1        L = VT / 4 lanes
-//     row 1      thread L    thread L+1 ...                    (see Tile::Group
-//      ...                                                      for VT = 64)
-//     row G      thread 0    thread 1  ...                     G = kRowGroups
+//     row 1      thread L    thread L+1 ...
+//      ...
+//     row 8      thread 0    thread 1  ...
 //
-// The sum over rows of a column has one shape, whatever VT is, so the tile never
-// changes a bit. Rows of one residue mod 16 are added in order; the 16 sums are
-// added as a balanced tree that pairs residues r and r + 8 first, then neighbours.
-// The levels fall inside a thread, between lanes, or between warps, as VT decides.
+// A column's sum over K has one shape, whatever VT is, so the tile never changes a
+// bit: the rows of a group in order, then the 8 groups as one balanced tree, whose
+// levels are shuffles inside a warp and shared memory across warps.
 //
-// Bytes a state: 2 K V sizeof(float), and K x VT floats are in flight a block
-// before anything waits. Nothing else matters: the kernel is memory-bound.
+// Bytes a state: 2 K V sizeof(float), and a block's whole tile is on its way before
+// anything waits. Nothing else matters: the kernel is memory-bound.
 #include "cuda/decode_kv.h"
 #include "cuda/head.cuh"
 #include "cuda/vec.cuh"
@@ -29,30 +28,23 @@
 namespace jax_gdn {
 namespace {
 
+constexpr int kRowGroups = 8;
+
 template <int K_, int VT_>
 struct Tile {
   static constexpr int K = K_, VT = VT_;
-  // Sixteen groups keep more loads of a large grid in flight; eight leave a small
-  // tile in one or two warps.
-  static constexpr int kRowGroups = VT == 64 ? 16 : 8;
   static constexpr int kLanes = VT / 4;  // that share a row
   static constexpr int kThreads = kLanes * kRowGroups;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kRows = K / kRowGroups;  // of a thread
+  // Small tiles serve small batches; see LoadState.
   static constexpr bool kStreaming = VT < 64;
   static_assert(K % 64 == 0 && kThreads % 32 == 0);
 
-  // The row group of a thread. Half-warps of a 16-group tile hold groups r and
-  // r + 8, so that the tree's first level is a shuffle.
-  static __device__ __forceinline__ int Group(int thread) {
-    if constexpr (kRowGroups == 8) return thread / kLanes;
-    return thread / 32 + 8 * (thread % 32 / kLanes);
-  }
-
   struct Shared {
-    alignas(16) float q[K], k[K];        // normalised; q scaled
-    alignas(16) float p[kWarps][VT];     // k^T S, a partial sum a warp
-    alignas(16) float r[kWarps][VT];     // q^T S, likewise
+    HeadInputs<K, VT> in;
+    alignas(16) float p[kWarps][VT];  // k^T S, a partial sum a warp
+    alignas(16) float r[kWarps][VT];  // q^T S, likewise
   };
 };
 
@@ -92,10 +84,9 @@ __device__ __forceinline__ Sums TreeSum(const Shared& shared, int column) {
   }
 }
 
-// The sums over all rows of the block, from each thread's own.
+// Adds the sums of the row groups of one warp; every lane gets its columns' sums.
 template <typename T>
-__device__ __forceinline__ Sums ReduceRows(Sums sums, typename T::Shared& shared,
-                                           int lane, int warp, int column) {
+__device__ __forceinline__ void AddGroups(Sums& sums) {
 #pragma unroll
   for (int offset = T::kLanes; offset < 32; offset *= 2) {
 #pragma unroll
@@ -104,70 +95,67 @@ __device__ __forceinline__ Sums ReduceRows(Sums sums, typename T::Shared& shared
       sums.r[c] += __shfl_xor_sync(0xffffffffu, sums.r[c], offset);
     }
   }
-  if constexpr (T::kWarps == 1) return sums;
-  if (lane < T::kLanes) {
-    *reinterpret_cast<float4*>(&shared.p[warp][column]) =
-        make_float4(sums.p[0], sums.p[1], sums.p[2], sums.p[3]);
-    *reinterpret_cast<float4*>(&shared.r[warp][column]) =
-        make_float4(sums.r[0], sums.r[1], sums.r[2], sums.r[3]);
-  }
-  __syncthreads();
-  return TreeSum<0, T::kWarps>(shared, column);
 }
 
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int column = 4 * (threadIdx.x % T::kLanes), group = T::Group(threadIdx.x);
+  const int lane = threadIdx.x % 32;
+  const int warp = T::kWarps == 1 ? 0 : threadIdx.x / 32;
+  const int column = 4 * (threadIdx.x % T::kLanes), group = threadIdx.x / T::kLanes;
   const int hv = blockIdx.y;
   const int64_t row = blockIdx.z, head = row * p.HV + hv;
   const int64_t out_index = head * p.V + blockIdx.x * T::VT + column;
 
-  // All loads first: the state's, then the small ones.
+  // The state's loads before all else.
   float4* state = reinterpret_cast<float4*>(p.state + (head * T::K + group) * p.V +
                                             blockIdx.x * T::VT + column);
-  const int64_t row_stride = int64_t{T::kRowGroups} * p.V / 4;
+  const int64_t row_stride = int64_t{kRowGroups} * p.V / 4;
   float4 s[T::kRows];
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
     s[i] = LoadState<T::kStreaming>(state + i * row_stride);
   }
-  const HeadInputs<T::K> inputs = LoadHead<T::K>(p, row, hv, lane);
-  const Raw<4> raw_v = LoadRaw<4>(p.v, out_index);
-
-  // Gates and norms, while the state is on its way.
+  // The first warp brings what else the block needs.
   __shared__ typename T::Shared shared;
-  const Head h = ComputeHead<T::K>(p, inputs, lane, warp == 0, shared.q, shared.k);
+  if (warp == 0) StageHead(p, row, hv, blockIdx.x * T::VT, lane, shared.in);
   __syncthreads();
+  const Head h = ComputeHead(p, shared.in, lane);
 
-  // Each thread's rows, residues r and r + 8 (mod 16) apart.
-  constexpr int kResidues = 16 / T::kRowGroups;
-  Sums own[kResidues] = {};
+  Sums sums = {};
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
-    const int at = group + i * T::kRowGroups;
-    AddRow(own[i % kResidues], s[i], shared.q[at], shared.k[at]);
+    const int at = group + i * kRowGroups;
+    AddRow(sums, s[i], shared.in.q[at], shared.in.k[at]);
   }
-  if constexpr (kResidues == 2) own[0] = own[0] + own[1];
-  const Sums sums = ReduceRows<T>(own[0], shared, lane, warp, column);
+  AddGroups<T>(sums);
+  if constexpr (T::kWarps > 1) {
+    if (lane < T::kLanes) {
+      *reinterpret_cast<float4*>(&shared.p[warp][column]) =
+          make_float4(sums.p[0], sums.p[1], sums.p[2], sums.p[3]);
+      *reinterpret_cast<float4*>(&shared.r[warp][column]) =
+          make_float4(sums.r[0], sums.r[1], sums.r[2], sums.r[3]);
+    }
+    __syncthreads();
+    sums = TreeSum<0, T::kWarps>(shared, column);
+  }
 
-  float v[4], u[4], out[4];
-  Widen(raw_v, p.v.dtype, v);
+  float ku[4], out[4];  // u, times what normalises k
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    u[c] = h.beta * fmaf(-h.decay, sums.p[c], v[c]);
-    out[c] = fmaf(h.qk, u[c], h.decay * sums.r[c]);
+    const float u = h.beta * fmaf(-h.decay * h.k_factor, sums.p[c], shared.in.v[column + c]);
+    out[c] = fmaf(h.qk, u, h.decay * h.q_factor * sums.r[c]);
+    ku[c] = h.k_factor * u;
   }
   // Why: kept since the loads, the rows' addresses would cost 2 registers each.
   const int64_t store_stride = Recompute(row_stride);
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
-    const float k = shared.k[group + i * T::kRowGroups];
-    s[i].x = fmaf(k, u[0], h.decay * s[i].x);
-    s[i].y = fmaf(k, u[1], h.decay * s[i].y);
-    s[i].z = fmaf(k, u[2], h.decay * s[i].z);
-    s[i].w = fmaf(k, u[3], h.decay * s[i].w);
+    const float k = shared.in.k[group + i * kRowGroups];
+    s[i].x = fmaf(k, ku[0], h.decay * s[i].x);
+    s[i].y = fmaf(k, ku[1], h.decay * s[i].y);
+    s[i].z = fmaf(k, ku[2], h.decay * s[i].z);
+    s[i].w = fmaf(k, ku[3], h.decay * s[i].w);
     StoreState<T::kStreaming>(state + i * store_stride, s[i]);
   }
   if (group == 0) Store4(p.out, out_index, out);

@@ -1,6 +1,5 @@
 #include "cuda/plan.h"
 
-#include <algorithm>
 #include <cassert>
 
 #include "cuda/decode_kv.h"
@@ -10,14 +9,6 @@ namespace {
 
 // The y and z axes of a grid (HV and B) are 16-bit.
 constexpr int64_t kMaxGridYZ = 65535;
-
-// Columns a block should own, by the number of states alone: small tiles give a
-// small batch enough blocks to fill the chip, large ones read longer rows.
-int PreferredTile(int64_t states) {
-  if (states <= 128) return 16;
-  if (states < 512) return 32;
-  return 64;
-}
 
 const Kernel* FindKernel(int K, int VT) {
   for (const Kernel& kernel : DecodeKVKernels()) {
@@ -43,11 +34,18 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
   return std::nullopt;
 }
 
-LaunchPlan PlanDecode(const DecodeParams& params) {
-  int VT = PreferredTile(params.B * params.HV);
+// By the number of states alone: small tiles give a small batch enough blocks to fill
+// the chip, large ones read longer rows.
+int ChooseTile(const DecodeParams& params) {
+  const int64_t states = params.B * params.HV;
+  int VT = states <= 256 ? 16 : states < 512 ? 32 : 64;
   while (params.V % VT != 0) VT /= 2;
+  return VT;
+}
+
+LaunchPlan PlanDecode(const DecodeParams& params, int VT) {
   const Kernel* kernel = FindKernel(params.K, VT);
-  assert(kernel != nullptr && "WhyUnsupported was not asked");
+  assert(kernel != nullptr && params.V % VT == 0);
   return {kernel, static_cast<unsigned>(params.V / VT),
           static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
           /*shared_bytes=*/0};

@@ -38,8 +38,12 @@ struct CudaStatus {
 // Why no kernel takes these sizes, or nothing when one does.
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V);
 
-// The launch for parameters that `WhyUnsupported` has nothing against.
-LaunchPlan PlanDecode(const DecodeParams& params);
+// Columns a block should own; divides V.
+int ChooseTile(const DecodeParams& params);
+
+// The launch with tiles of VT columns, for parameters that `WhyUnsupported` has
+// nothing against.
+LaunchPlan PlanDecode(const DecodeParams& params, int VT);
 
 // Enqueues; neither allocates nor synchronises.
 CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,

@@ -6,58 +6,76 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/ptx.cuh"
 #include "ffi/decode_params.h"
 
 namespace jax_gdn {
 
-// N neighbouring values as they are stored. Loading and widening are apart so
-// that a kernel can issue all its loads before it waits for any.
+// N neighbouring values as they are stored, in two halves of 2 N bytes. Of float32,
+// each half holds N / 2 values (for N = 1: bits); of a 16-bit type, both hold all N.
+// So a load is the same two instructions whatever the type is, and no condition
+// stands between issuing the first and the second.
 template <int N>
-struct Raw {
-  uint32_t word[N];  // float32: one a word; 16-bit types: two a word
+struct Raw;
+template <>
+struct Raw<1> {
+  uint16_t low, high;
 };
-
-template <int Words>
-__device__ __forceinline__ void LoadWords(const void* from, uint32_t* word) {
-  static_assert(Words == 1 || Words == 2 || Words == 4);
-  if constexpr (Words == 1) {
-    word[0] = *static_cast<const uint32_t*>(from);
-  } else if constexpr (Words == 2) {
-    const uint2 x = *static_cast<const uint2*>(from);
-    word[0] = x.x, word[1] = x.y;
-  } else {
-    const uint4 x = *static_cast<const uint4*>(from);
-    word[0] = x.x, word[1] = x.y, word[2] = x.z, word[3] = x.w;
-  }
-}
+template <>
+struct Raw<2> {
+  uint32_t low, high;
+};
+template <>
+struct Raw<4> {
+  uint2 low, high;
+};
 
 // Reads elements [index, index + N); index is a multiple of N.
 template <int N>
 __device__ __forceinline__ Raw<N> LoadRaw(const Input& x, int64_t index) {
-  Raw<N> raw = {};
-  if (x.dtype == DType::kFloat32) {
-    LoadWords<N>(static_cast<const float*>(x.data) + index, raw.word);
-  } else if constexpr (N == 1) {
-    raw.word[0] = static_cast<const uint16_t*>(x.data)[index];
-  } else {
-    LoadWords<N / 2>(static_cast<const uint16_t*>(x.data) + index, raw.word);
-  }
+  using Half = decltype(Raw<N>::low);
+  static_assert(sizeof(Half) == 2 * N);
+  const bool wide = x.dtype == DType::kFloat32;
+  const auto* low = static_cast<const char*>(x.data) + (index << (wide ? 2 : 1));
+  const char* high = low + (wide ? sizeof(Half) : 0);
+  Raw<N> raw;
+  Load(low, raw.low);
+  Load(high, raw.high);
   return raw;
 }
 
-template <int N>
-__device__ __forceinline__ void Widen(const Raw<N>& raw, DType dtype, float* value) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const uint16_t half = raw.word[i / 2] >> (16 * (i % 2));
-    if (dtype == DType::kFloat32) {
-      value[i] = __uint_as_float(raw.word[i]);
-    } else if (dtype == DType::kBFloat16) {
-      value[i] = __uint_as_float(static_cast<uint32_t>(half) << 16);
-    } else {
-      value[i] = __half2float(__ushort_as_half(half));
-    }
-  }
+// One value out of two words, its bits picked so that a 16-bit type's end in the
+// upper half. What differs between types is data (a selector, a mask), not control:
+// both words are always wanted, so no load is put off until the type is looked at.
+__device__ __forceinline__ float WidenBits(uint32_t x, uint32_t y, DType dtype,
+                                           uint32_t wide_pick, uint32_t half_pick) {
+  const bool wide = dtype == DType::kFloat32;
+  const uint32_t bits = __byte_perm(x, y, wide ? wide_pick : half_pick);
+  const float narrow = __half2float(__ushort_as_half(bits >> 16));
+  return dtype == DType::kFloat16
+             ? narrow
+             : __uint_as_float(bits & (wide ? 0xffffffffu : 0xffff0000u));
+}
+
+// Selectors of `__byte_perm(x, y, .)`.
+constexpr uint32_t kPickX = 0x3210, kPickY = 0x7654;  // a word
+constexpr uint32_t kPickLows = 0x5410;                // y's low half above x's
+constexpr uint32_t kRaiseX = 0x1010;                  // x's low half, to the upper
+
+__device__ __forceinline__ float Widen(Raw<1> raw, DType dtype) {
+  return WidenBits(raw.low, raw.high, dtype, kPickLows, kRaiseX);
+}
+
+__device__ __forceinline__ float2 Widen(Raw<2> raw, DType dtype) {
+  return {WidenBits(raw.low, raw.high, dtype, kPickX, kRaiseX),
+          WidenBits(raw.low, raw.high, dtype, kPickY, kPickX)};
+}
+
+__device__ __forceinline__ float4 Widen(Raw<4> raw, DType dtype) {
+  return {WidenBits(raw.low.x, raw.low.y, dtype, kPickX, kRaiseX),
+          WidenBits(raw.low.x, raw.low.y, dtype, kPickY, kPickX),
+          WidenBits(raw.low.y, raw.high.x, dtype, kPickY, kRaiseX),
+          WidenBits(raw.low.y, raw.high.y, dtype, kPickY, kPickX)};
 }
 
 // Rounds to nearest even, once, and writes elements [index, index + 4).
@@ -83,8 +101,13 @@ __device__ __forceinline__ void Store4(const Output& x, int64_t index,
 // caches early: they win while few blocks run, and lose where many do.
 template <bool kStreaming>
 __device__ __forceinline__ float4 LoadState(const float4* from) {
-  if constexpr (kStreaming) return __ldcs(from);
-  return *from;
+  float4 value;
+  if constexpr (kStreaming) {
+    LoadStreaming(from, value);
+  } else {
+    Load(from, value);
+  }
+  return value;
 }
 
 template <bool kStreaming>
@@ -94,13 +117,6 @@ __device__ __forceinline__ void StoreState(float4* to, float4 value) {
   } else {
     *to = value;
   }
-}
-
-// Hides a value's origin from the compiler, which then computes what follows from
-// it again instead of keeping it in registers.
-__device__ __forceinline__ int64_t Recompute(int64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
 }
 
 }  // namespace jax_gdn

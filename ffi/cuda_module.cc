@@ -1,14 +1,18 @@
 // The `_cuda` module: the FFI handlers, and planning as a plain function.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
-#include <cstring>
-#include <stdexcept>
+#include <map>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <variant>
 #include <vector>
 
 #include "cuda/decode_kv.h"
@@ -74,7 +78,7 @@ ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
   }
   if (params->B * params->HV * params->V == 0) return ffi::Error::Success();
-  return ErrorOf(Launch(PlanDecode(*params), *params, stream));
+  return ErrorOf(Launch(PlanDecode(*params, ChooseTile(*params)), *params, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
@@ -92,6 +96,50 @@ XLA_FFI_DEFINE_HANDLER(
     BindDecode(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
     {ffi::Traits::kCmdBufferCompatible});
 
+// An operand as Python describes it: address, dtype name, shape.
+using PythonTensor = std::tuple<uintptr_t, std::string, std::vector<int64_t>>;
+
+Tensor TensorOf(const PythonTensor& x) {
+  const auto& [address, dtype, shape] = x;
+  const DType type = dtype == "float32"    ? DType::kFloat32
+                     : dtype == "bfloat16" ? DType::kBFloat16
+                     : dtype == "float16"
+                         ? DType::kFloat16
+                         : throw nb::value_error(("unknown dtype " + dtype).c_str());
+  return {reinterpret_cast<void*>(address), type, shape.data(), shape.size()};
+}
+
+// The launch that these operands would get, without a device: for tests that run the
+// kernels' PTX. VT overrides the planner's tile.
+nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
+              bool use_qk_l2norm, std::optional<int> VT) {
+  const auto tensor = [&](const char* name) { return TensorOf(operands.at(name)); };
+  auto checked = MakeParams({tensor("q"), tensor("k"), tensor("v"), tensor("state"),
+                             tensor("A_log"), tensor("a"), tensor("dt_bias"),
+                             tensor("b"), tensor("out"), tensor("state"), scale,
+                             use_qk_l2norm});
+  if (const auto* error = std::get_if<std::string>(&checked)) {
+    throw nb::value_error(error->c_str());
+  }
+  const DecodeParams params = std::get<DecodeParams>(checked);
+  if (auto why = WhyUnsupported(params.B, params.HV, params.K, params.V)) {
+    throw nb::value_error(why->c_str());
+  }
+  const int tile = VT.value_or(ChooseTile(params));
+  if ((tile != 16 && tile != 32 && tile != 64) || params.V % tile != 0) {
+    throw nb::value_error("VT must be 16, 32 or 64 and divide V");
+  }
+  const LaunchPlan plan = PlanDecode(params, tile);
+  nb::dict result;
+  result["symbol"] = plan.kernel->symbol;
+  result["grid"] = nb::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
+  result["block"] = nb::make_tuple(plan.kernel->threads, 1, 1);
+  result["shared_bytes"] = plan.shared_bytes;
+  result["arguments"] =
+      nb::bytes(reinterpret_cast<const char*>(&params), sizeof params);
+  return result;
+}
+
 }  // namespace
 
 NB_MODULE(_cuda, m) {
@@ -106,6 +154,8 @@ NB_MODULE(_cuda, m) {
   });
   m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
         nb::arg("V"));
+  m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),
+        nb::arg("VT") = nb::none());
   m.def("kernel_symbols", [] {
     std::vector<std::string> symbols;
     for (const Kernel& kernel : DecodeKVKernels()) symbols.push_back(kernel.symbol);

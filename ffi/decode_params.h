@@ -35,7 +35,8 @@ struct DecodeParams {
   Output out;          // [B, 1, HV, V]
   int64_t B;
   int32_t H, HV, K, V;
-  int32_t group;       // HV / H, value heads that share a key head
+  int32_t group;           // HV / H, value heads that share a key head
+  uint32_t group_inverse;  // ceil(2^32 / group) mod 2^32, for division by multiplying
   float scale;         // on q, after its normalisation
   bool use_qk_l2norm;  // q and k become x / sqrt(sum x^2 + kNormEpsilon)
 };

@@ -88,6 +88,7 @@ std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& x) {
   p.K = static_cast<int32_t>(K);
   p.V = static_cast<int32_t>(V);
   p.group = static_cast<int32_t>(HV / H);
+  p.group_inverse = static_cast<uint32_t>(((int64_t{1} << 32) + p.group - 1) / p.group);
   p.scale = x.scale;
   p.use_qk_l2norm = x.use_qk_l2norm;
   return p;

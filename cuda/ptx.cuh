@@ -1,0 +1,54 @@
+// Every line of inline assembly, one function an instruction (PTX ISA 9.0).
+//
+// Loads are volatile so that they are issued where they stand in the source. The
+// compiler would otherwise sink one whose value a condition may not need behind the
+// arrival of another: a whole memory latency, 0.5 us a call at B = 1.
+#ifndef JAX_GDN_CUDA_PTX_CUH_
+#define JAX_GDN_CUDA_PTX_CUH_
+
+#include <cstdint>
+
+namespace jax_gdn {
+
+// 9.7.9.8, ld.global
+__device__ __forceinline__ void Load(const void* from, uint16_t& to) {
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(to) : "l"(from));
+}
+
+__device__ __forceinline__ void Load(const void* from, uint32_t& to) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from));
+}
+
+__device__ __forceinline__ void Load(const void* from, uint2& to) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(to.x), "=r"(to.y)
+               : "l"(from));
+}
+
+__device__ __forceinline__ void Load(const void* from, float& to) {
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(to) : "l"(from));
+}
+
+__device__ __forceinline__ void Load(const void* from, float4& to) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
+               : "l"(from));
+}
+
+// The same, leaving the caches early (.cs, "likely accessed once").
+__device__ __forceinline__ void LoadStreaming(const void* from, float4& to) {
+  asm volatile("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
+               : "l"(from));
+}
+
+// No instruction: hides a value's origin from the compiler, which then computes
+// what follows from it again instead of keeping it in registers.
+__device__ __forceinline__ int64_t Recompute(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CUDA_PTX_CUH_
