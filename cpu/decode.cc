@@ -54,18 +54,40 @@ float Softplus(float x) {
   return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
-// p += k^T S and r += q^T S, rows in order.
+// Rows taken together, so that the sums are fetched and put back once for all.
+constexpr int32_t kRowsAtOnce = 8;
+
+// Adds `Rows` rows to p = k^T S and r = q^T S, in order.
+template <int32_t Rows>
+inline __attribute__((always_inline)) void AddRows(const float* __restrict rows,
+                                                   const float* __restrict q,
+                                                   const float* __restrict k, int32_t V,
+                                                   float* __restrict p,
+                                                   float* __restrict r) {
+  for (int32_t j = 0; j < V; ++j) {
+    float p_j = p[j], r_j = r[j];
+    for (int32_t i = 0; i < Rows; ++i) {
+      const float s = rows[int64_t{i} * V + j];
+      p_j += k[i] * s;
+      r_j += q[i] * s;
+    }
+    p[j] = p_j;
+    r[j] = r_j;
+  }
+}
+
+// p = k^T S and r = q^T S.
 JAX_GDN_CLONES
 void Read(const float* __restrict state, const float* __restrict q,
           const float* __restrict k, int32_t K, int32_t V, float* __restrict p,
           float* __restrict r) {
-  for (int32_t i = 0; i < K; ++i) {
-    const float* row = state + int64_t{i} * V;
-    for (int32_t j = 0; j < V; ++j) {
-      p[j] += k[i] * row[j];
-      r[j] += q[i] * row[j];
-    }
+  std::fill(p, p + V, 0.0f);
+  std::fill(r, r + V, 0.0f);
+  int32_t i = 0;
+  for (; i + kRowsAtOnce <= K; i += kRowsAtOnce) {
+    AddRows<kRowsAtOnce>(state + int64_t{i} * V, q + i, k + i, V, p, r);
   }
+  for (; i < K; ++i) AddRows<1>(state + int64_t{i} * V, q + i, k + i, V, p, r);
 }
 
 // S = decay S + k u^T.
@@ -92,13 +114,11 @@ void DecodeState(const DecodeParams& p, int64_t index, Scratch& x) {
   }
   Multiply(x.q, p.scale);
   const float qk = Dot(x.q, x.k);
-  const float g = -std::exp(p.A_log[hv]) *
-                  Softplus(Scalar(p.a, index) + Scalar(p.dt_bias, hv));
+  const float g =
+      -std::exp(p.A_log[hv]) * Softplus(Scalar(p.a, index) + Scalar(p.dt_bias, hv));
   const float decay = std::exp(g);
   const float beta = 1.0f / (1.0f + std::exp(-Scalar(p.b, index)));
 
-  std::fill(x.p.begin(), x.p.end(), 0.0f);
-  std::fill(x.r.begin(), x.r.end(), 0.0f);
   Read(state, x.q.data(), x.k.data(), p.K, p.V, x.p.data(), x.r.data());
   for (int32_t j = 0; j < p.V; ++j) {
     const float u = beta * (x.v[j] - decay * x.p[j]);

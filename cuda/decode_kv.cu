@@ -143,7 +143,8 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
   float ku[4], out[4];  // u, times what normalises k
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const float u = h.beta * fmaf(-h.decay * h.k_factor, sums.p[c], shared.in.v[column + c]);
+    const float u =
+        h.beta * fmaf(-h.decay * h.k_factor, sums.p[c], shared.in.v[column + c]);
     out[c] = fmaf(h.qk, u, h.decay * h.q_factor * sums.r[c]);
     ku[c] = h.k_factor * u;
   }
@@ -164,24 +165,25 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
 }  // namespace
 
 // One kernel an instance, under a name that reads well in a profiler.
-#define JAX_GDN_FOR_EACH_INSTANCE(INSTANCE)            \
-  INSTANCE(64, 16) INSTANCE(64, 32) INSTANCE(64, 64)   \
+// clang-format off
+#define JAX_GDN_FOR_EACH_INSTANCE(INSTANCE)             \
+  INSTANCE(64, 16) INSTANCE(64, 32) INSTANCE(64, 64)    \
   INSTANCE(128, 16) INSTANCE(128, 32) INSTANCE(128, 64) \
   INSTANCE(192, 16) INSTANCE(192, 32) INSTANCE(192, 64) \
   INSTANCE(256, 16) INSTANCE(256, 32) INSTANCE(256, 64)
+// clang-format on
 
 #define JAX_GDN_NAME(K, VT) gdn_decode_kv_f32_k##K##_vt##VT
-#define JAX_GDN_DEFINE(K, VT)                                                   \
-  extern "C" __global__ void __launch_bounds__((Tile<K, VT>::kThreads))         \
-      JAX_GDN_NAME(K, VT)(const __grid_constant__ DecodeParams p) {             \
-    DecodeTile<Tile<K, VT>>(p);                                                 \
+#define JAX_GDN_DEFINE(K, VT)                                           \
+  extern "C" __global__ void __launch_bounds__((Tile<K, VT>::kThreads)) \
+      JAX_GDN_NAME(K, VT)(const __grid_constant__ DecodeParams p) {     \
+    DecodeTile<Tile<K, VT>>(p);                                         \
   }
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)
 
-#define JAX_GDN_LIST(K, VT)                                                  \
-  {"gdn_decode_kv_f32_k" #K "_vt" #VT,                                       \
-   reinterpret_cast<const void*>(JAX_GDN_NAME(K, VT)), K, VT,                \
-   Tile<K, VT>::kThreads},
+#define JAX_GDN_LIST(K, VT)            \
+  {"gdn_decode_kv_f32_k" #K "_vt" #VT, \
+   reinterpret_cast<const void*>(JAX_GDN_NAME(K, VT)), K, VT, Tile<K, VT>::kThreads},
 
 const std::vector<Kernel>& DecodeKVKernels() {
   static const std::vector<Kernel> kernels = {JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_LIST)};

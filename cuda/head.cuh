@@ -50,8 +50,8 @@ struct HeadInputs {
 
 // One warp brings them. All loads are issued before the first is looked at.
 template <int K, int VT>
-__device__ __forceinline__ void StageHead(const DecodeParams& p, int64_t row, unsigned hv,
-                                          int first_column, int lane,
+__device__ __forceinline__ void StageHead(const DecodeParams& p, int64_t row,
+                                          unsigned hv, int first_column, int lane,
                                           HeadInputs<K, VT>& to) {
   const int64_t head = row * p.HV + hv;
   const int64_t key_head = row * p.H + KeyHead(p, hv);

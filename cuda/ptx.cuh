@@ -20,9 +20,7 @@ __device__ __forceinline__ void Load(const void* from, uint32_t& to) {
 }
 
 __device__ __forceinline__ void Load(const void* from, uint2& to) {
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(to.x), "=r"(to.y)
-               : "l"(from));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
 }
 
 __device__ __forceinline__ void Load(const void* from, float& to) {

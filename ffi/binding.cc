@@ -31,10 +31,10 @@ ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
                   x.dimensions().begin(), x.dimensions().size()};
   };
   const DecodeOperands operands = {
-      tensor(call.q),       tensor(call.k),     tensor(call.v),
-      tensor(call.state),   tensor(call.A_log), tensor(call.a),
-      tensor(call.dt_bias), tensor(call.b),     tensor(*call.out),
-      tensor(*call.new_state), call.scale,      call.use_qk_l2norm};
+      tensor(call.q),          tensor(call.k),     tensor(call.v),
+      tensor(call.state),      tensor(call.A_log), tensor(call.a),
+      tensor(call.dt_bias),    tensor(call.b),     tensor(*call.out),
+      tensor(*call.new_state), call.scale,         call.use_qk_l2norm};
   if (!known_dtypes) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(
         "jax_gdn.decode: operands must be float32, bfloat16 or float16"));

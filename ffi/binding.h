@@ -18,17 +18,17 @@ template <typename Binding>
 auto BindDecode(Binding binding) {
   namespace ffi = xla::ffi;
   return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()  // q
-      .template Arg<ffi::AnyBuffer>()  // k
-      .template Arg<ffi::AnyBuffer>()  // v
-      .template Arg<ffi::AnyBuffer>()  // state
-      .template Arg<ffi::AnyBuffer>()  // A_log
-      .template Arg<ffi::AnyBuffer>()  // a
-      .template Arg<ffi::AnyBuffer>()  // dt_bias
-      .template Arg<ffi::AnyBuffer>()  // b
+      .template Arg<ffi::AnyBuffer>()          // q
+      .template Arg<ffi::AnyBuffer>()          // k
+      .template Arg<ffi::AnyBuffer>()          // v
+      .template Arg<ffi::AnyBuffer>()          // state
+      .template Arg<ffi::AnyBuffer>()          // A_log
+      .template Arg<ffi::AnyBuffer>()          // a
+      .template Arg<ffi::AnyBuffer>()          // dt_bias
+      .template Arg<ffi::AnyBuffer>()          // b
       .template OptionalArg<ffi::AnyBuffer>()  // output
-      .template Ret<ffi::AnyBuffer>()  // out
-      .template Ret<ffi::AnyBuffer>()  // state
+      .template Ret<ffi::AnyBuffer>()          // out
+      .template Ret<ffi::AnyBuffer>()          // state
       .template Attr<float>("scale")
       .template Attr<bool>("use_qk_l2norm");
 }

@@ -114,10 +114,10 @@ Tensor TensorOf(const PythonTensor& x) {
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
               bool use_qk_l2norm, std::optional<int> VT) {
   const auto tensor = [&](const char* name) { return TensorOf(operands.at(name)); };
-  auto checked = MakeParams({tensor("q"), tensor("k"), tensor("v"), tensor("state"),
-                             tensor("A_log"), tensor("a"), tensor("dt_bias"),
-                             tensor("b"), tensor("out"), tensor("state"), scale,
-                             use_qk_l2norm});
+  auto checked =
+      MakeParams({tensor("q"), tensor("k"), tensor("v"), tensor("state"),
+                  tensor("A_log"), tensor("a"), tensor("dt_bias"), tensor("b"),
+                  tensor("out"), tensor("state"), scale, use_qk_l2norm});
   if (const auto* error = std::get_if<std::string>(&checked)) {
     throw nb::value_error(error->c_str());
   }
@@ -144,7 +144,9 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
 
 NB_MODULE(_cuda, m) {
   DefineFfiVersion(m);
-  m.attr("CUDA_VERSION") = CUDART_VERSION;
+  m.attr("CUDA_VERSION") =
+      nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  m.attr("ARCHITECTURES") = JAX_GDN_ARCHITECTURES;
   m.def("handlers", [] {
     nb::dict stages, handlers;
     stages["initialize"] = Capsule(kInitialize);

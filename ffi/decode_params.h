@@ -37,8 +37,8 @@ struct DecodeParams {
   int32_t H, HV, K, V;
   int32_t group;           // HV / H, value heads that share a key head
   uint32_t group_inverse;  // ceil(2^32 / group) mod 2^32, for division by multiplying
-  float scale;         // on q, after its normalisation
-  bool use_qk_l2norm;  // q and k become x / sqrt(sum x^2 + kNormEpsilon)
+  float scale;             // on q, after its normalisation
+  bool use_qk_l2norm;      // q and k become x / sqrt(sum x^2 + kNormEpsilon)
 };
 
 inline constexpr float kNormEpsilon = 1e-6f;

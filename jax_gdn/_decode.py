@@ -2,10 +2,12 @@
 
 import functools as ft
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jax_gdn._primitive import bind_decode
 
@@ -28,16 +30,16 @@ _ARGUMENTS = {
 
 
 def decode(
-    q: Array,
-    k: Array,
-    v: Array,
-    state: Array,
-    A_log: Array,
-    a: Array,
-    dt_bias: Array,
-    b: Array,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    state: ArrayLike,
+    A_log: ArrayLike,
+    a: ArrayLike,
+    dt_bias: ArrayLike,
+    b: ArrayLike,
     scale: float | None = None,
-    output: Array | None = None,
+    output: ArrayLike | None = None,
     use_qk_l2norm: bool = True,
     *,
     implementation: str | None = None,
@@ -107,11 +109,9 @@ def decode(
         raise
 
 
-@ft.partial(
-    jax.jit, static_argnames=("scale", "use_qk_l2norm", "implementation")
-)
+@ft.partial(jax.jit, static_argnames=("scale", "use_qk_l2norm", "implementation"))
 def _decode(
-    *arrays: Array | None,
+    *arrays: ArrayLike | None,
     scale: float | None,
     use_qk_l2norm: bool,
     implementation: str | None,
@@ -120,12 +120,12 @@ def _decode(
     # a jitted one does.
     operands = arrays[:8] if arrays[8] is None else arrays
     _check_settings(scale, use_qk_l2norm, implementation)
-    _check_arrays(dict(zip(_ARGUMENTS, operands, strict=False)))
-    q = operands[0]
+    checked = _check_arrays(dict(zip(_ARGUMENTS, operands, strict=False)))
+    K = checked[0].shape[-1]
     with jax.named_scope("jax_gdn.decode"):
         return bind_decode(
-            *operands,
-            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            *checked,
+            scale=K**-0.5 if scale is None else float(scale),
             use_qk_l2norm=use_qk_l2norm,
             implementation=implementation,
         )
@@ -137,7 +137,7 @@ def _shape_text(axes: list[str], sizes: dict[str, int]) -> str:
     return letters if known == letters else f"{letters} = {known}"
 
 
-def _check_arrays(arrays: dict[str, Array]) -> None:
+def _check_arrays(arrays: dict[str, Any]) -> list[Array]:
     sizes: dict[str, int] = {}
     for name, x in arrays.items():
         axes, dtypes = _ARGUMENTS[name][0].split(), _ARGUMENTS[name][1]
@@ -162,6 +162,7 @@ def _check_arrays(arrays: dict[str, Array]) -> None:
                 f"got {jnp.dtype(x.dtype).name}."
             )
         _check_sizes(name, axes, sizes)
+    return list(arrays.values())
 
 
 def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:

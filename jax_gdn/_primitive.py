@@ -35,8 +35,11 @@ def _native(*operands: Array, scale: float, use_qk_l2norm: bool) -> list[Array]:
 
 
 def _xla(*operands: Array, scale: float = 1.0, use_qk_l2norm: bool = True):
-    inputs, output = operands[:8], (*operands, None)[8]
-    out, state = reference_decode(*inputs, scale, output, use_qk_l2norm)
+    q, k, v, state, A_log, a, dt_bias, b, *rest = operands
+    output = rest[0] if rest else None
+    out, state = reference_decode(
+        *(q, k, v, state, A_log, a, dt_bias, b), scale, output, use_qk_l2norm
+    )
     # Written whole into `output`, so that a donated buffer finds its use.
     return [out if output is None else output.at[...].set(out), state]
 
@@ -58,9 +61,7 @@ def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
         raise NotImplementedError(
             f'jax_gdn.decode: implementation="native" cannot run: {reason}. {_WAY_OUT}'
         )
-    warnings.warn(
-        f"jax_gdn.decode falls back to the XLA form: {reason}.", stacklevel=2
-    )
+    warnings.warn(f"jax_gdn.decode falls back to the XLA form: {reason}.", stacklevel=2)
     return [x]
 
 

@@ -32,7 +32,7 @@ def reference_decode(
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
     f32 = jnp.float32
     group = v.shape[2] // q.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
 
     def heads(x):  # [B, 1, H, K] -> [B, HV, K]
         x = x[:, 0].astype(f32)
@@ -48,5 +48,5 @@ def reference_decode(
     S = jnp.exp(g)[..., None, None] * state
     u = beta[..., None] * (vs - jnp.sum(ks[..., None] * S, axis=2))
     S = S + ks[..., None] * u[:, :, None]
-    out = scale * jnp.sum(qs[..., None] * S, axis=2)
+    out = factor * jnp.sum(qs[..., None] * S, axis=2)
     return out[:, None].astype(q.dtype if output is None else output.dtype), S

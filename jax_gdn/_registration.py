@@ -16,7 +16,7 @@ import jaxlib
 DECODE_TARGET = "jax_gdn.decode.v1"
 
 
-def _runtime_ffi_version() -> tuple[int, int]:
+def runtime_ffi_version() -> tuple[int, int]:
     """Returns the FFI version that the running jaxlib speaks, from its headers."""
     header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def _load(name: str) -> ModuleType | None:
 def _check_ffi_version(module: ModuleType) -> None:
     # A jaxlib that is handed handlers of a newer FFI version refuses them by
     # breaking the whole backend, so they are held back here.
-    built, runs = module.FFI_API_VERSION, _runtime_ffi_version()
+    built, runs = module.FFI_API_VERSION, runtime_ffi_version()
     if built[0] != runs[0] or built[1] > runs[1]:
         raise ImportError(
             f"jax_gdn: {module.__name__} was built with XLA FFI {built[0]}.{built[1]}, "
@@ -55,15 +55,15 @@ def _register(module: ModuleType, platform: str) -> None:
     jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
 
 
-cpu = _load("_cpu")
-cuda = _load("_cuda")
-
-if cpu is None:
+_host = _load("_cpu")
+if _host is None:
     raise ImportError(
         "jax_gdn: the native module _cpu is missing. This is most likely the source "
         "tree: install it with `pip install .` and run from elsewhere, or use the "
         "`jax-gdn` script and `pytest --import-mode=importlib`."
     )
+cpu: ModuleType = _host
+cuda: ModuleType | None = _load("_cuda")
 _register(cpu, "cpu")
 if cuda is not None:
     _register(cuda, "CUDA")

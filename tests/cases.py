@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -108,7 +109,13 @@ DTYPE_CASES = [
     Case(q="float16", k="float32", v="bfloat16", a="float32", b="float16"),
     *(Case(q=io, output=out) for io, out in itertools.product(DTYPES, DTYPES)),
 ]
-F32 = {"q": "float32", "k": "float32", "v": "float32", "a": "float32", "b": "float32"}
+F32: dict[str, Any] = {
+    "q": "float32",
+    "k": "float32",
+    "v": "float32",
+    "a": "float32",
+    "b": "float32",
+}
 GATE_CASES = [
     *(
         Case(x=x, A_log_value=A_log, **F32)

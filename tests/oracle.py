@@ -10,8 +10,7 @@ def decode64(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns `(out, state)` in float64, one sequence and value head at a time."""
     q, k, v, state, A_log, a, dt_bias, b = (
-        np.asarray(x).astype(np.float64)
-        for x in (q, k, v, state, A_log, a, dt_bias, b)
+        np.asarray(x).astype(np.float64) for x in (q, k, v, state, A_log, a, dt_bias, b)
     )
     B, _, H, K = q.shape
     HV, V = v.shape[2:]

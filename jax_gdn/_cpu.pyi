@@ -1,0 +1,3 @@
+FFI_API_VERSION: tuple[int, int]
+
+def handlers() -> dict[str, dict[str, object]]: ...

@@ -1,0 +1,129 @@
+"""The `jax-gdn` command."""
+
+import argparse
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+import jax_gdn
+from jax_gdn import _bench, _registration
+
+
+def _native_kernel(device: Any) -> tuple[str | None, str]:
+    """Returns the native kernel's name for a device, or None, and an explanation."""
+    if device.platform == "cpu":
+        return "host kernel", "any K and V"
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return None, f"there is no native kernel for {device.platform}"
+    if _registration.cuda is None:
+        return None, "this build of jax_gdn has no CUDA kernels"
+    capability = str(getattr(device, "compute_capability", "0"))
+    if int(capability.split(".")[0]) < 9:
+        return None, (
+            f"compute capability {capability}; the CUDA kernel needs 9.0 or newer"
+        )
+    return "CUDA kernel", "K of 64, 128, 192 or 256; V a multiple of 16"
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    device = jax.devices()[0]
+    kernel, why = _native_kernel(device)
+    implementation = "native" if kernel else "xla"
+    B, H, HV, K, V = arguments.batch, 16, 32, 128, 128
+    inputs = _bench.model_inputs(B, H, HV, K, V)
+    steps = {
+        "decode": _bench.decode_step(inputs, implementation),
+        "in-place pass": _bench.in_place_pass(),
+    }
+
+    out, state = jax_gdn.decode(**inputs, implementation=implementation)
+    expected_out, expected_state = jax.jit(jax_gdn.reference_decode)(**inputs)
+    error_out, error_state = (
+        float(jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))))
+        for x, y in ((out, expected_out), (state, expected_state))
+    )
+    state = jnp.array(inputs["state"])
+    where = state.unsafe_buffer_pointer()
+    for _ in range(8):
+        state = steps["decode"](state)
+    stayed = jax.block_until_ready(state).unsafe_buffer_pointer() == where
+    seconds = _bench.seconds_a_step(steps, inputs["state"], rounds=11, seconds=8)
+
+    traffic = 2 * inputs["state"].nbytes / 1e9
+    rate = {name: traffic / s for name, s in seconds.items()}
+    share = rate["decode"] / rate["in-place pass"]
+    rows = {
+        "device": f"{device.device_kind} ({device.platform})",
+        "implementation": f"native, {kernel}" if kernel else f"XLA form: {why}",
+        "shapes": f"B {B}, H {H}, HV {HV}, K {K}, V {V}, bfloat16; state float32",
+        "tokens": f"{B / seconds['decode']:,.0f} a second, "
+        f"{seconds['decode'] * 1e6:,.0f} us a step",
+        "state traffic": f"{rate['decode']:,.1f} GB/s; an in-place pass over the same "
+        f"bytes: {rate['in-place pass']:,.1f} GB/s ({share:.0%})",
+        "largest error": f"{error_state:.1e} in the state, {error_out:.1e} in out "
+        "(bfloat16), against reference_decode",
+        "state's buffer": "stayed where it was" if stayed else "MOVED",
+    }
+    _print_rows(rows)
+    return 0 if stayed else 1
+
+
+def _info(_: argparse.Namespace) -> int:
+    rows = {
+        "jax_gdn": jax_gdn.__version__,
+        "jax, jaxlib": f"{jax.__version__}, {jaxlib.version.__version__}",
+        "python, numpy": f"{platform.python_version()}, {np.__version__}",
+        "XLA FFI": "jaxlib speaks {}.{}".format(*_registration.runtime_ffi_version()),
+        "target": _registration.DECODE_TARGET,
+        "host module": "registered, FFI {}.{}".format(
+            *_registration.cpu.FFI_API_VERSION
+        ),
+        "CUDA module": "not in this build",
+    }
+    if _registration.cuda is not None:
+        rows["CUDA module"] = (
+            "registered, FFI {}.{}, ".format(*_registration.cuda.FFI_API_VERSION)
+            + "CUDA {}.{} runtime, ".format(*_registration.cuda.CUDA_VERSION)
+            + f"architectures {_registration.cuda.ARCHITECTURES}, "
+            f"{len(_registration.cuda.kernel_symbols())} kernels"
+        )
+    for device in jax.devices():
+        kernel, why = _native_kernel(device)
+        rows[f"device {device.id}"] = f"{device.device_kind} ({device.platform}): " + (
+            f"native, {kernel} ({why})" if kernel else f"XLA form only: {why}"
+        )
+    _print_rows(rows)
+    return 0
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:>{width}}  {text}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="jax-gdn", description="Gated-delta-rule decode for JAX."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo = commands.add_parser("demo", help="run and time a decode loop on this device")
+    demo.add_argument("--batch", type=_positive, default=32, help="sequences (32)")
+    demo.set_defaults(run=_demo)
+    info = commands.add_parser("info", help="versions, devices, and what runs on them")
+    info.set_defaults(run=_info)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,20 @@
+"""Settings of every test: strict promotion, and a GPU that may be required."""
+
+import os
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def gpu() -> jax.Device:
+    """The first CUDA device; without one the test is skipped, or fails if required."""
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        if os.environ.get("JAX_GDN_REQUIRE_GPU") == "1":
+            pytest.fail("JAX_GDN_REQUIRE_GPU=1, but JAX sees no CUDA device")
+        pytest.skip("needs a CUDA device")

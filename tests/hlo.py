@@ -1,0 +1,25 @@
+"""Reading compiled programs: calls, aliases and copies."""
+
+import re
+
+TARGET = "jax_gdn.decode.v1"
+
+
+def calls(text: str) -> int:
+    """Counts the native calls in compiled HLO."""
+    return text.count(f'custom_call_target="{TARGET}"')
+
+
+def state_aliases(text: str) -> int:
+    """Counts the native calls whose second result is their fourth operand."""
+    return len(
+        re.findall(r"output_to_operand_aliasing=\{[^}]*\{1\}: \(3, \{\}\)", text)
+    )
+
+
+def copies(text: str, shape: tuple[int, ...], dtype: str = "f32") -> int:
+    """Counts copies of arrays of a shape, plain and fused."""
+    array = rf"{dtype}\[{','.join(map(str, shape))}\]"
+    plain = re.findall(rf"= {array}\S* copy(?:-start)?\(", text)
+    fused = re.findall(rf"= {array}\S* fusion\([^\n]*copy", text)
+    return len(plain) + len(fused)

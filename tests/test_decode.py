@@ -1,0 +1,62 @@
+"""Every implementation against the float64 loop, on every case."""
+
+import jax
+import numpy as np
+import pytest
+from cases import CASES, ODD_CASES, Case
+from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
+
+import jax_gdn
+
+
+def reference(*arrays, output=None, **settings):
+    return jax_gdn.reference_decode(*arrays, output=output, **settings)
+
+
+def native(*arrays, output=None, **settings):
+    return jax_gdn.decode(*arrays, output=output, implementation="native", **settings)
+
+
+def xla(*arrays, output=None, **settings):
+    return jax_gdn.decode(*arrays, output=output, implementation="xla", **settings)
+
+
+def check(implementation, case: Case) -> None:
+    arrays = case.inputs()
+    output = None
+    if case.output is not None:
+        output = np.full(arrays["v"].shape, np.nan, case.out_dtype)
+    call = jax.jit(
+        lambda *x, output: implementation(*x, output=output, **case.settings)
+    )
+    out, state = call(*arrays.values(), output=output)
+    expected_out, expected_state = decode64(*arrays.values(), **case.settings)
+    assert out.dtype == case.out_dtype
+    assert_close(np.asarray(state), expected_state, STATE_TOLERANCE, "state")
+    assert_close(np.asarray(out), expected_out, OUT_TOLERANCE, "out")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("implementation", [reference, native])
+def test_against_float64(implementation, case):
+    check(implementation, case)
+
+
+@pytest.mark.parametrize("case", ODD_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("implementation", [reference, native])
+def test_odd_sizes_on_the_host(implementation, case):
+    with jax.default_device(jax.devices("cpu")[0]):
+        check(implementation, case)
+
+
+def test_xla_form_is_the_reference():
+    arrays = Case().inputs().values()
+    expected = jax.jit(jax_gdn.reference_decode)(*arrays)
+    for got, want in zip(xla(*arrays), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_empty_batch():
+    out, state = native(*Case(B=0).inputs().values())
+    assert out.shape == (0, 1, 4, 128)
+    assert state.shape == (0, 4, 128, 128)

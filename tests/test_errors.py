@@ -1,0 +1,151 @@
+"""Bad input: which error, naming which argument, saying what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case
+
+import jax_gdn
+
+CASE = Case(B=2, H=2, HV=4, K=64, V=32)
+SHAPES = {
+    "k": r"\[B, T, H, K\] = \[2, 1, 2, 64\]",
+    "v": r"\[B, T, HV, V\] = \[2, 1, HV, V\]",
+    "state": r"\[B, HV, K, V\] = \[2, 4, 64, 32\]",
+    "A_log": r"\[HV\] = \[4\]",
+    "a": r"\[B, T, HV\] = \[2, 1, 4\]",
+    "dt_bias": r"\[HV\] = \[4\]",
+    "b": r"\[B, T, HV\] = \[2, 1, 4\]",
+    "output": r"\[B, T, HV, V\] = \[2, 1, 4, 32\]",
+}
+NAMES = ("q", *SHAPES)
+
+
+def arguments(**changes):
+    arrays = CASE.inputs()
+    arrays["output"] = np.zeros((2, 1, 4, 32), np.float32)
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    return {**arrays, **changes}
+
+
+def raises(error, match, **changes):
+    with pytest.raises(error, match=r"jax_gdn\.decode: " + match):
+        jax_gdn.decode(**arguments(**changes))
+    # The same words under jit, before anything runs.
+    settings = {"scale", "use_qk_l2norm", "implementation"} & changes.keys()
+    arrays = {n: x for n, x in arguments(**changes).items() if n not in settings}
+    fixed = {name: changes[name] for name in settings}
+    with pytest.raises(error, match=r"jax_gdn\.decode: " + match):
+        jax.jit(lambda x: jax_gdn.decode(**x, **fixed))(arrays)
+
+
+def test_arguments_are_right():
+    jax_gdn.decode(**arguments())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_wrong_size(name):
+    x = arguments()[name]
+    wrong = jnp.concatenate([x, x[:1]])
+    raises(
+        ValueError, f"`{name}` must have shape {SHAPES[name]}; got ", **{name: wrong}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_rank(name):
+    wrong = arguments()[name][None]
+    raises(
+        ValueError,
+        rf"`{name}` must have shape \[.*\]; got \[1, {wrong.shape[1]}.*\]\.",
+        **{name: wrong},
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_dtype(name):
+    expected = "float32"
+    if name not in ("state", "A_log"):
+        expected += " or bfloat16 or float16"
+    wrong = arguments()[name].astype(jnp.int32)
+    raises(TypeError, f"`{name}` must be {expected}; got int32", **{name: wrong})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["state", "A_log"])
+def test_half_precision_where_float32_is_needed(name, dtype):
+    wrong = arguments()[name].astype(dtype)
+    raises(
+        TypeError,
+        f"`{name}` must be float32; got {jnp.dtype(dtype).name}",
+        **{name: wrong},
+    )
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_missing_array(name):
+    raises(TypeError, f"`{name}` must be an array .*; got NoneType", **{name: None})
+
+
+def test_several_tokens():
+    q = jnp.zeros((2, 3, 2, 64))
+    raises(ValueError, "`q` must have T = 1; got 3", q=q)
+
+
+def test_heads_do_not_divide():
+    q = jnp.zeros((2, 1, 3, 64))
+    raises(ValueError, "`v` must have HV a multiple of H = 3; got HV = 4", q=q, k=q)
+
+
+def test_empty_axis():
+    q = jnp.zeros((2, 1, 2, 0))
+    raises(ValueError, "`q` must have K >= 1; got 0", q=q)
+
+
+@pytest.mark.parametrize("scale", ["1", [1.0], np.ones(3), jnp.float32(1)])
+def test_scale_is_no_number(scale):
+    raises(
+        TypeError,
+        f"`scale` must be a Python number or None; got {type(scale).__name__}",
+        scale=scale,
+    )
+
+
+def test_scale_is_traced():
+    call = jax.jit(lambda scale: jax_gdn.decode(**arguments(), scale=scale))
+    with pytest.raises(TypeError, match="`scale` must be a Python number or None"):
+        call(0.5)
+
+
+@pytest.mark.parametrize("scale", [1, 0.37, np.float32(0.37), np.float64(0.37)])
+def test_scale_is_a_number(scale):
+    out, _ = jax_gdn.decode(**arguments(), scale=scale)
+    expected, _ = jax_gdn.decode(**arguments(), scale=float(scale))
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_l2norm_is_no_bool(value):
+    raises(
+        TypeError,
+        f"`use_qk_l2norm` must be a bool; got {type(value).__name__}",
+        use_qk_l2norm=value,
+    )
+
+
+@pytest.mark.parametrize("name", ["cuda", "", 1])
+def test_unknown_implementation(name):
+    raises(
+        ValueError,
+        f'`implementation` must be None, "native" or "xla"; got {name!r}',
+        implementation=name,
+    )
+
+
+@pytest.mark.parametrize(
+    "keyword", ["state_layout", "state_indices", "output_state_indices"]
+)
+def test_later_keywords_are_refused(keyword):
+    with pytest.raises(TypeError, match=keyword):
+        jax_gdn.decode(**arguments(), **{keyword: None})

@@ -1,0 +1,101 @@
+"""Which implementation runs where, and what is said when it is not the native one."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import Case
+from hlo import TARGET
+
+import jax_gdn
+from jax_gdn import _registration
+
+ODD = Case(K=96, V=40)
+
+
+def lower(platform: str, case: Case = Case(), **settings) -> str:
+    arrays = [jnp.asarray(x) for x in case.inputs().values()]
+    # A new function each time, so that nothing is answered from a cache.
+    call = jax.jit(lambda *x: jax_gdn.decode(*x, **settings))
+    return call.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("implementation", [None, "native"])
+def test_native_platforms(platform, implementation):
+    assert f"@{TARGET}" in lower(platform, implementation=implementation)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])
+def test_xla_form_anywhere(platform):
+    assert "custom_call" not in lower(platform, implementation="xla")
+
+
+def test_host_takes_any_size():
+    assert f"@{TARGET}" in lower("cpu", ODD, implementation="native")
+
+
+@pytest.mark.parametrize(
+    ("platform", "case", "reason"),
+    [
+        ("tpu", Case(), "there is no native kernel for tpu"),
+        ("rocm", Case(), "there is no native kernel for rocm"),
+        ("cuda", ODD, "the CUDA kernel takes K of 64, 128, 192 or 256; got K = 96"),
+        ("cuda", Case(V=40), "the CUDA kernel takes V in multiples of 16; got V = 40"),
+        (
+            "cuda",
+            Case(B=65536, H=1, HV=1, K=64, V=1),
+            "the CUDA kernel takes V in multiples of 16; got V = 1",
+        ),
+    ],
+)
+def test_fallback_names_its_reason(platform, case, reason):
+    message = f"jax_gdn.decode falls back to the XLA form: {reason}"
+    with pytest.warns(UserWarning, match=re.escape(message)) as warned:
+        assert "custom_call" not in lower(platform, case)
+    assert len(warned) == 1
+    with pytest.raises(NotImplementedError, match=re.escape(reason)) as error:
+        lower(platform, case, implementation="native")
+    assert 'implementation="xla"' in str(error.value)
+
+
+def test_grid_limit():
+    reason = _registration.cuda.why_unsupported(65536, 1, 64, 64)
+    assert reason == "the CUDA kernel takes B and HV up to 65535; got B = 65536, HV = 1"
+    assert _registration.cuda.why_unsupported(65535, 65535, 64, 64) is None
+
+
+def test_build_without_cuda(monkeypatch):
+    monkeypatch.setattr(_registration, "cuda", None)
+    # A batch size no other test has: the trace must be new.
+    with pytest.warns(UserWarning, match="this build of jax_gdn has no CUDA kernels"):
+        assert "custom_call" not in lower("cuda", Case(B=7))
+
+
+def test_cpu_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lower("cpu", Case(K=33, V=9))
+
+
+def test_eager_calls_trace_once():
+    from jax_gdn._decode import _decode
+
+    arrays = [jnp.asarray(x) for x in Case(B=1, H=1, HV=1, K=5, V=3).inputs().values()]
+    before = _decode._cache_size()
+    for _ in range(5):
+        jax_gdn.decode(*arrays)
+    assert _decode._cache_size() == before + 1
+
+
+def test_old_gpu_is_refused_by_name(gpu):
+    """On Hopper and newer the check passes; the text is in ffi/cuda_module.cc."""
+    major = int(gpu.compute_capability.split(".")[0])
+    arrays = jax.device_put(list(Case().inputs().values()), gpu)
+    if major >= 9:
+        jax_gdn.decode(*arrays, implementation="native")
+        return
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"needs 9\.0 or newer"):
+        jax.block_until_ready(jax_gdn.decode(*arrays, implementation="native"))

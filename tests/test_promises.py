@@ -1,0 +1,87 @@
+"""What `decode` promises beyond one right answer."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import F32, Case
+from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
+
+import jax_gdn
+
+GOLDEN = Path(__file__).parent / "golden" / "qwen3_next_float32.npz"
+
+
+def step(state, q, k, v, A_log, a, dt_bias, b):
+    out, state = jax_gdn.decode(q, k, v, state, A_log, a, dt_bias, b)
+    return state, out
+
+
+def bits(x) -> bytes:
+    return np.asarray(x).tobytes()
+
+
+@pytest.mark.parametrize("B", [1, 3, 33])
+def test_repeats_bitwise(B):
+    arrays = Case(B=B, H=4, HV=8).inputs().values()
+    first = jax_gdn.decode(*arrays)
+    for _ in range(10):
+        assert list(map(bits, jax_gdn.decode(*arrays))) == list(map(bits, first))
+
+
+@pytest.mark.parametrize("case", [Case(B=33), Case(B=5, H=1, HV=3, K=64, V=48)])
+def test_row_alone_equals_row_in_batch(case):
+    arrays = case.inputs()
+    out, state = jax_gdn.decode(*arrays.values())
+    per_head = ("A_log", "dt_bias")
+    for n in (0, case.B // 2, case.B - 1):
+        row = [x if name in per_head else x[n : n + 1] for name, x in arrays.items()]
+        row_out, row_state = jax_gdn.decode(*row)
+        assert bits(row_out) == bits(out[n : n + 1])
+        assert bits(row_state) == bits(state[n : n + 1])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "state", "a", "b"])
+def test_nan_stays_in_its_row(name):
+    arrays = Case(B=5, **F32).inputs()
+    clean = jax_gdn.decode(*arrays.values())
+    arrays[name][2] = np.nan
+    poisoned = jax_gdn.decode(*arrays.values())
+    others = np.array([0, 1, 3, 4])
+    for got, want in zip(poisoned, clean, strict=True):
+        assert bits(np.asarray(got)[others]) == bits(np.asarray(want)[others])
+    # q is not written into the state.
+    assert [np.isnan(np.asarray(x)[2]).all() for x in poisoned] == [True, name != "q"]
+
+
+def test_golden_trace_in_place():
+    """Replays 16 decode steps of a Hugging Face Qwen3-Next layer."""
+    trace = np.load(GOLDEN)
+    call = jax.jit(step, donate_argnums=0)
+    A_log, dt_bias = trace["A_log"], trace["dt_bias"]
+    state = jnp.array(trace["initial_state"])
+    where = state.unsafe_buffer_pointer()
+    inputs = [trace[name][:, :, None] for name in ("q", "k", "v", "a", "b")]
+    for t, (q, k, v, a, b) in enumerate(zip(*inputs, strict=True)):
+        state, out = call(state, q, k, v, A_log, a, dt_bias, b)
+        assert_close(np.asarray(out[:, 0]), trace["output"][t], OUT_TOLERANCE, "out")
+    assert_close(np.asarray(state), trace["final_state"], STATE_TOLERANCE, "state")
+    assert state.unsafe_buffer_pointer() == where
+
+
+def test_drift_over_1000_steps():
+    """Errors of a float32 state do not grow: each step forgets some of the old."""
+    case = Case(B=1, H=1, HV=2, K=64, V=64, **F32)
+    steps = [Case(**{**case.__dict__, "seed": t}).inputs() for t in range(1000)]
+    first = steps[0]
+    call = jax.jit(step, donate_argnums=0)
+    state, exact = jnp.array(first["state"]), first["state"]
+    for inputs in steps:
+        q, k, v, _, _, a, _, b = inputs.values()
+        A_log, dt_bias = np.full(2, -6.0, np.float32), first["dt_bias"]
+        state, out = call(state, q, k, v, A_log, a, dt_bias, b)
+        exact_out, exact = decode64(q, k, v, exact, A_log, a, dt_bias, b)
+    assert_close(np.asarray(out), exact_out, OUT_TOLERANCE, "out")
+    assert_close(np.asarray(state), exact, STATE_TOLERANCE, "state")
