@@ -48,9 +48,10 @@ except ImportError as error:
 print(jnp.ones(3).sum())
 """
     result = run(code, tmp_path)
-    assert f"jax_gdn.{module} was built with XLA FFI 0.99, but jaxlib" in result.stdout
-    assert "Upgrade jaxlib, or rebuild jax_gdn" in result.stdout
-    assert result.stdout.endswith("3.0\n"), result.stderr
+    said = result.stdout + result.stderr
+    assert f"jax_gdn.{module} was built with XLA FFI 0.99, but jaxlib" in said, said
+    assert "Upgrade jaxlib, or rebuild jax_gdn" in said
+    assert result.stdout.endswith("3.0\n"), said
 
 
 def test_source_tree_says_what_it_is():

@@ -1,5 +1,6 @@
 """Shapes and dtypes that nobody thought of."""
 
+import jax
 import numpy as np
 from cases import DTYPES, Case
 from hypothesis import given, settings
@@ -35,9 +36,10 @@ def test_host_kernel_against_float64(case):
     output = (
         None if case.output is None else np.zeros(arrays["v"].shape, case.out_dtype)
     )
-    out, state = jax_gdn.decode(
-        *arrays.values(), output=output, implementation="native", **case.settings
-    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        out, state = jax_gdn.decode(
+            *arrays.values(), output=output, implementation="native", **case.settings
+        )
     expected_out, expected_state = decode64(*arrays.values(), **case.settings)
     assert out.dtype == case.out_dtype
     assert_close(np.asarray(state), expected_state, STATE_TOLERANCE, "state")
