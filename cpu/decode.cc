@@ -2,10 +2,8 @@
 //
 //     S   <- exp(g) S;  u <- beta (v - k^T S);  S <- S + k u^T;  out <- scale q^T S
 //
-// Two passes over a state: the first reads it from memory and leaves it in the
-// core's own cache (K V floats, 64 KB at K = V = 128), with p = k^T S and
-// r = q^T S of the old state; the second, from that cache, writes
-// exp(g) S + k u^T. So memory sees each byte read once and written once.
+// A state is brought from memory once: the first token's pass leaves it in the core's
+// own cache (K V floats, 64 KB at K = V = 128), where all further passes find it.
 #include "cpu/decode.h"
 
 #include <algorithm>
@@ -13,25 +11,28 @@
 #include <vector>
 
 #include "cpu/convert.h"
-
-// One clone an instruction set, picked when the module loads.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define JAX_GDN_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define JAX_GDN_CLONES
-#endif
+#include "cpu/lanes.h"
+#include "cpu/step.h"
 
 namespace jax_gdn {
 namespace {
 
-// Scratch of one thread, sized once a range.
-struct Scratch {
-  Scratch(int32_t K, int32_t V) : q(K), k(K), v(V), p(V), r(V) {}
-  std::vector<float> q, k;  // [K], normalised; q scaled
-  std::vector<float> v;     // [V], then u
-  std::vector<float> p, r;  // [V], k^T S and q^T S; r is then out
-};
+constexpr int64_t kNoSlot = -1;
+
+int64_t SlotAt(const DecodeParams& p, const int32_t* slots, int64_t index) {
+  return 0 <= slots[index] && slots[index] < p.N ? slots[index] : kNoSlot;
+}
+
+// The slot that row n reads; kNoSlot makes the row padding.
+int64_t ReadSlot(const DecodeParams& p, int64_t n) {
+  return p.read_slots == nullptr ? n : SlotAt(p, p.read_slots, n);
+}
+
+// The slot that row n, which reads `read`, writes after token t; kNoSlot: none.
+int64_t WriteSlot(const DecodeParams& p, int64_t n, int64_t t, int64_t read) {
+  if (p.snapshots) return SlotAt(p, p.write_slots, n * p.T + t);
+  return p.write_slots == nullptr ? read : SlotAt(p, p.write_slots, n);
+}
 
 float Dot(const std::vector<float>& x, const std::vector<float>& y) {
   float sum = 0.0f;
@@ -39,8 +40,9 @@ float Dot(const std::vector<float>& x, const std::vector<float>& y) {
   return sum;
 }
 
-void Multiply(std::vector<float>& x, float factor) {
-  for (float& value : x) value *= factor;
+// softplus(x) = log(1 + exp(x)), exact to rounding for every x.
+float Softplus(float x) {
+  return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
 float Scalar(const Input& x, int64_t index) {
@@ -49,91 +51,126 @@ float Scalar(const Input& x, int64_t index) {
   return value;
 }
 
-// softplus(x) = log(1 + exp(x)), exact to rounding for every x.
-float Softplus(float x) {
-  return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
-}
+// Decodes states one after the other, with scratch of its own.
+class Decoder {
+ public:
+  explicit Decoder(const DecodeParams& params)
+      : p_(params),
+        step_(BestStep()),
+        q_(p_.K),
+        k_(p_.K),
+        decay_(p_.K),
+        bias_(p_.K),
+        decayed_q_(p_.K),
+        decayed_k_(p_.K),
+        v_(p_.V),
+        u_(p_.V),
+        sums_(p_.V),
+        out_(p_.V) {}
 
-// Rows taken together, so that the sums are fetched and put back once for all.
-constexpr int32_t kRowsAtOnce = 8;
-
-// Adds `Rows` rows to p = k^T S and r = q^T S, in order.
-template <int32_t Rows>
-inline __attribute__((always_inline)) void AddRows(const float* __restrict rows,
-                                                   const float* __restrict q,
-                                                   const float* __restrict k, int32_t V,
-                                                   float* __restrict p,
-                                                   float* __restrict r) {
-  for (int32_t j = 0; j < V; ++j) {
-    float p_j = p[j], r_j = r[j];
-    for (int32_t i = 0; i < Rows; ++i) {
-      const float s = rows[int64_t{i} * V + j];
-      p_j += k[i] * s;
-      r_j += q[i] * s;
+  // All tokens of row n and value head hv.
+  void DecodeState(int64_t n, int32_t hv) {
+    const int64_t read = ReadSlot(p_, n);
+    if (read == kNoSlot) {
+      std::fill(out_.begin(), out_.end(), 0.0f);
+      for (int64_t t = 0; t < p_.T; ++t) StoreOut(n, t, hv);
+      return;
     }
-    p[j] = p_j;
-    r[j] = r_j;
+    StateView now = InPool(read, hv);
+    for (int64_t t = 0; t < p_.T; ++t) {
+      const Token token = LoadToken(n, t, hv);
+      const bool last = t + 1 == p_.T;
+      const int64_t write = WriteSlot(p_, n, t, read);
+      const bool stores = write != kNoSlot && (p_.snapshots || last);
+      const StateView next = Destination(write, stores, last, hv);
+      step_(p_.layout, now, next, token, p_.K, p_.V);
+      StoreOut(n, t, hv);
+      if (stores && next.data != InPool(write, hv).data) RoundInto(write, hv);
+      now = next;
+    }
   }
-}
 
-// p = k^T S and r = q^T S.
-JAX_GDN_CLONES
-void Read(const float* __restrict state, const float* __restrict q,
-          const float* __restrict k, int32_t K, int32_t V, float* __restrict p,
-          float* __restrict r) {
-  std::fill(p, p + V, 0.0f);
-  std::fill(r, r + V, 0.0f);
-  int32_t i = 0;
-  for (; i + kRowsAtOnce <= K; i += kRowsAtOnce) {
-    AddRows<kRowsAtOnce>(state + int64_t{i} * V, q + i, k + i, V, p, r);
+ private:
+  StateView InPool(int64_t slot, int32_t hv) const {
+    const int64_t bytes = int64_t{p_.K} * p_.V * SizeOf(p_.state.dtype);
+    return {static_cast<char*>(p_.state.data) + (slot * p_.HV + hv) * bytes,
+            p_.state.dtype};
   }
-  for (; i < K; ++i) AddRows<1>(state + int64_t{i} * V, q + i, k + i, V, p, r);
-}
 
-// S = decay S + k u^T.
-JAX_GDN_CLONES
-void Update(float* __restrict state, const float* __restrict k,
-            const float* __restrict u, float decay, int32_t K, int32_t V) {
-  for (int32_t i = 0; i < K; ++i) {
-    float* row = state + int64_t{i} * V;
-    for (int32_t j = 0; j < V; ++j) row[j] = decay * row[j] + k[i] * u[j];
+  // Where a token's new state goes. Between tokens it is float32: in the slot it is
+  // bound for, if that is float32, else in scratch.
+  StateView Destination(int64_t write, bool stores, bool last, int32_t hv) {
+    if (stores && (last || p_.state.dtype == DType::kFloat32)) {
+      return InPool(write, hv);
+    }
+    if (last) return {nullptr, p_.state.dtype};
+    if (write != kNoSlot && p_.state.dtype == DType::kFloat32) return InPool(write, hv);
+    scratch_.resize(int64_t{p_.K} * p_.V);
+    return {scratch_.data(), DType::kFloat32};
   }
-}
 
-void DecodeState(const DecodeParams& p, int64_t index, Scratch& x) {
-  const int32_t hv = static_cast<int32_t>(index % p.HV);
-  const int64_t key_head = index / p.HV * p.H + hv / p.group;
-  float* state = p.state + index * p.K * p.V;
-
-  Widen(p.q, key_head * p.K, p.K, x.q.data());
-  Widen(p.k, key_head * p.K, p.K, x.k.data());
-  Widen(p.v, index * p.V, p.V, x.v.data());
-  if (p.use_qk_l2norm) {
-    Multiply(x.q, 1.0f / std::sqrt(Dot(x.q, x.q) + kNormEpsilon));
-    Multiply(x.k, 1.0f / std::sqrt(Dot(x.k, x.k) + kNormEpsilon));
+  // A 16-bit snapshot of the state in scratch.
+  void RoundInto(int64_t slot, int32_t hv) {
+    const StateView to = InPool(slot, hv);
+    Round(scratch_.data(), 0, int64_t{p_.K} * p_.V, {to.data, to.dtype});
   }
-  Multiply(x.q, p.scale);
-  const float qk = Dot(x.q, x.k);
-  const float g =
-      -std::exp(p.A_log[hv]) * Softplus(Scalar(p.a, index) + Scalar(p.dt_bias, hv));
-  const float decay = std::exp(g);
-  const float beta = 1.0f / (1.0f + std::exp(-Scalar(p.b, index)));
 
-  Read(state, x.q.data(), x.k.data(), p.K, p.V, x.p.data(), x.r.data());
-  for (int32_t j = 0; j < p.V; ++j) {
-    const float u = beta * (x.v[j] - decay * x.p[j]);
-    x.r[j] = decay * x.r[j] + qk * u;
-    x.v[j] = u;
+  void StoreOut(int64_t n, int64_t t, int32_t hv) {
+    Round(out_.data(), ((n * p_.T + t) * p_.HV + hv) * p_.V, p_.V, p_.out);
   }
-  Update(state, x.k.data(), x.v.data(), decay, p.K, p.V);
-  Round(x.r.data(), index * p.V, p.V, p.out);
-}
+
+  void LoadDecay(int64_t head, int32_t hv) {
+    const float rate = -std::exp(p_.A_log[hv]);
+    if (!p_.per_channel) {
+      const float x = Scalar(p_.a, head) + Scalar(p_.dt_bias, hv);
+      std::fill(decay_.begin(), decay_.end(), std::exp(rate * Softplus(x)));
+      return;
+    }
+    Widen(p_.a, head * p_.K, p_.K, decay_.data());
+    Widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_.data());
+    for (int32_t i = 0; i < p_.K; ++i) {
+      decay_[i] = std::exp(rate * Softplus(decay_[i] + bias_[i]));
+    }
+  }
+
+  Token LoadToken(int64_t n, int64_t t, int32_t hv) {
+    const int64_t token = n * p_.T + t, head = token * p_.HV + hv;
+    const int64_t key_head = token * p_.H + hv / p_.group;
+    Widen(p_.q, key_head * p_.K, p_.K, q_.data());
+    Widen(p_.k, key_head * p_.K, p_.K, k_.data());
+    Widen(p_.v, head * p_.V, p_.V, v_.data());
+    LoadDecay(head, hv);
+    float q_factor = p_.scale, k_factor = 1.0f;
+    if (p_.use_qk_l2norm) {
+      q_factor *= 1.0f / std::sqrt(Dot(q_, q_) + kNormEpsilon);
+      k_factor = 1.0f / std::sqrt(Dot(k_, k_) + kNormEpsilon);
+    }
+    for (int32_t i = 0; i < p_.K; ++i) {
+      q_[i] *= q_factor;
+      k_[i] *= k_factor;
+      decayed_q_[i] = decay_[i] * q_[i];
+      decayed_k_[i] = decay_[i] * k_[i];
+    }
+    const float beta = 1.0f / (1.0f + std::exp(-Scalar(p_.b, head)));
+    return {
+        decayed_q_.data(), decayed_k_.data(), k_.data(), decay_.data(), v_.data(), beta,
+        Dot(q_, k_),       out_.data(),       u_.data(), sums_.data()};
+  }
+
+  const DecodeParams& p_;
+  const Step step_;
+  std::vector<float> q_, k_, decay_, bias_, decayed_q_, decayed_k_;  // [K]
+  std::vector<float> v_, u_, sums_, out_;                            // [V]
+  std::vector<float> scratch_;  // [K V], only where a state cannot be kept in its slot
+};
 
 }  // namespace
 
 void DecodeStates(const DecodeParams& params, int64_t begin, int64_t end) {
-  Scratch scratch(params.K, params.V);
-  for (int64_t i = begin; i < end; ++i) DecodeState(params, i, scratch);
+  Decoder decoder(params);
+  for (int64_t i = begin; i < end; ++i) {
+    decoder.DecodeState(i / params.HV, static_cast<int32_t>(i % params.HV));
+  }
 }
 
 }  // namespace jax_gdn

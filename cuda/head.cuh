@@ -1,91 +1,106 @@
-// What a head needs besides its state: gates, norms, q.k.
+// What a block of states laid out [K, V] shares besides its state: the inputs of one
+// token of one head, in shared memory, and what follows from them.
 #ifndef JAX_GDN_CUDA_HEAD_CUH_
 #define JAX_GDN_CUDA_HEAD_CUH_
 
+#include "cuda/gates.cuh"
 #include "cuda/vec.cuh"
 
 namespace jax_gdn {
 
-// Sums over a warp as a butterfly: every lane gets the same bits.
-__device__ __forceinline__ float WarpSum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, offset);
-  }
-  return x;
-}
-
-// softplus(x) = log(1 + exp(x)), exact to rounding for every x.
-__device__ __forceinline__ float Softplus(float x) {
-  return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
-}
-
-struct Gates {
-  float decay;  // exp(g), in [0, 1]
-  float beta;   // write strength, in [0, 1]
-};
-
-__device__ __forceinline__ Gates ComputeGates(float A_log, float a, float dt_bias,
-                                              float b) {
-  const float g = -expf(A_log) * Softplus(a + dt_bias);
-  return {expf(g), __fdividef(1.0f, 1.0f + expf(-b))};
-}
-
-// hv / group, exact for hv < 2^16: the error of the rounded-up inverse is below
-// hv / 2^32 < 1 / group. Group 1 has the inverse 2^32, which wraps to 0.
-__device__ __forceinline__ unsigned KeyHead(const DecodeParams& p, unsigned hv) {
-  return p.group_inverse == 0 ? hv : __umulhi(hv, p.group_inverse);
-}
-
-// The inputs of one head, in shared memory, as float32 but otherwise as they came.
-// What normalises q and k is a factor on sums over K (in `Head`), so that no row of
-// the state waits for a norm.
+// As float32, but otherwise as they came. What normalises q and k is a factor on sums
+// over K (in `Head`), so that no row of the state waits for a norm.
 template <int K, int VT>
 struct HeadInputs {
   alignas(16) float q[K];
   alignas(16) float k[K];
   alignas(16) float v[VT];
   float A_log, a, dt_bias, b;
+  // Only with one decay a key channel: the decays, and q and k times them.
+  alignas(16) float decay[K];
+  alignas(16) float decayed_q[K];
+  alignas(16) float decayed_k[K];
 };
 
-// One warp brings them. All loads are issued before the first is looked at.
-template <int K, int VT>
-__device__ __forceinline__ void StageHead(const DecodeParams& p, int64_t row,
-                                          unsigned hv, int first_column, int lane,
-                                          HeadInputs<K, VT>& to) {
-  const int64_t head = row * p.HV + hv;
-  const int64_t key_head = row * p.H + KeyHead(p, hv);
+// The same on its way from memory, spread over a warp: pairs j of a K-vector at
+// elements 2 lane + 64 j, four v a lane, scalars in every lane.
+template <int K>
+struct RawInputs {
   float A_log;
-  Load(p.A_log + hv, A_log);
-  const Raw<1> a = LoadRaw<1>(p.a, head), b = LoadRaw<1>(p.b, head);
-  const Raw<1> dt_bias = LoadRaw<1>(p.dt_bias, hv);
+  Raw<1> a, dt_bias, b;
+  Raw<4> v;
   Raw<2> q[K / 64], k[K / 64];
-#pragma unroll
-  for (int j = 0; j < K / 64; ++j) {
-    q[j] = LoadRaw<2>(p.q, key_head * K + 64 * j + 2 * lane);
-    k[j] = LoadRaw<2>(p.k, key_head * K + 64 * j + 2 * lane);
-  }
-  Raw<4> v = {};
-  if (lane < VT / 4) v = LoadRaw<4>(p.v, head * p.V + first_column + 4 * lane);
+  Raw<2> channel_a[K / 64], channel_bias[K / 64];
+};
 
+// Where a block's head lies in the operands.
+struct Place {
+  int64_t n;  // sequence
+  unsigned hv;
+  int first_column;  // of v and out
+};
+
+// Issues the loads of token t. One warp does.
+template <int K, int VT>
+__device__ __forceinline__ void LoadInputs(const DecodeParams& p, const Place& at,
+                                           int64_t t, int lane, RawInputs<K>& raw) {
+  const int64_t token = at.n * p.T + t, head = token * p.HV + at.hv;
+  const int64_t key_head = token * p.H + KeyHead(p, at.hv);
+  Load(p.A_log + at.hv, raw.A_log);
+  raw.b = LoadRaw<1>(p.b, head);
+  if (!p.per_channel) {
+    raw.a = LoadRaw<1>(p.a, head);
+    raw.dt_bias = LoadRaw<1>(p.dt_bias, at.hv);
+  }
 #pragma unroll
   for (int j = 0; j < K / 64; ++j) {
-    reinterpret_cast<float2*>(to.q)[32 * j + lane] = Widen(q[j], p.q.dtype);
-    reinterpret_cast<float2*>(to.k)[32 * j + lane] = Widen(k[j], p.k.dtype);
+    const int channel = 64 * j + 2 * lane;
+    raw.q[j] = LoadRaw<2>(p.q, key_head * K + channel);
+    raw.k[j] = LoadRaw<2>(p.k, key_head * K + channel);
+    if (p.per_channel) {
+      raw.channel_a[j] = LoadRaw<2>(p.a, head * K + channel);
+      raw.channel_bias[j] = LoadRaw<2>(p.dt_bias, int64_t{at.hv} * K + channel);
+    }
   }
-  if (lane < VT / 4) reinterpret_cast<float4*>(to.v)[lane] = Widen(v, p.v.dtype);
+  if (lane < VT / 4) raw.v = LoadRaw<4>(p.v, head * p.V + at.first_column + 4 * lane);
+}
+
+// Puts them into shared memory once they are there. The same warp does.
+template <int K, int VT>
+__device__ __forceinline__ void StageInputs(const DecodeParams& p, int lane,
+                                            const RawInputs<K>& raw,
+                                            HeadInputs<K, VT>& to) {
+#pragma unroll
+  for (int j = 0; j < K / 64; ++j) {
+    const int pair = 32 * j + lane;
+    const float2 q = Widen(raw.q[j], p.q.dtype), k = Widen(raw.k[j], p.k.dtype);
+    reinterpret_cast<float2*>(to.q)[pair] = q;
+    reinterpret_cast<float2*>(to.k)[pair] = k;
+    if (p.per_channel) {
+      const float2 a = Widen(raw.channel_a[j], p.a.dtype);
+      const float2 bias = Widen(raw.channel_bias[j], p.dt_bias.dtype);
+      const float2 d = {Decay(raw.A_log, a.x + bias.x), Decay(raw.A_log, a.y + bias.y)};
+      reinterpret_cast<float2*>(to.decay)[pair] = d;
+      reinterpret_cast<float2*>(to.decayed_q)[pair] = {q.x * d.x, q.y * d.y};
+      reinterpret_cast<float2*>(to.decayed_k)[pair] = {k.x * d.x, k.y * d.y};
+    }
+  }
+  if (lane < VT / 4) reinterpret_cast<float4*>(to.v)[lane] = Widen(raw.v, p.v.dtype);
   if (lane == 0) {
-    to.A_log = A_log;
-    to.a = Widen(a, p.a.dtype);
-    to.dt_bias = Widen(dt_bias, p.dt_bias.dtype);
-    to.b = Widen(b, p.b.dtype);
+    to.A_log = raw.A_log;
+    to.b = Widen(raw.b, p.b.dtype);
+    if (!p.per_channel) {
+      to.a = Widen(raw.a, p.a.dtype);
+      to.dt_bias = Widen(raw.dt_bias, p.dt_bias.dtype);
+    }
   }
 }
 
 struct Head {
-  float decay, beta;
-  float q_factor, k_factor;  // that normalise q (and scale it) and k
-  float qk;                  // q.k of the vectors so multiplied
+  float decay;     // exp(g), common to the head; 1 where each channel has its own
+  float beta;      // write strength
+  Factors factor;  // that normalise q (and scale it) and k
+  float qk;        // q.k of the vectors so multiplied
 };
 
 // Every warp computes the head for itself, over all of K, so that the bits do not
@@ -102,13 +117,9 @@ __device__ __forceinline__ Head ComputeHead(const DecodeParams& p,
     kk = fmaf(k.y, k.y, fmaf(k.x, k.x, kk));
     qk = fmaf(q.y, k.y, fmaf(q.x, k.x, qk));
   }
-  const float q_norm = rsqrtf(WarpSum(qq) + kNormEpsilon);
-  const float k_norm = rsqrtf(WarpSum(kk) + kNormEpsilon);
-  const float q_factor = p.use_qk_l2norm ? p.scale * q_norm : p.scale;
-  const float k_factor = p.use_qk_l2norm ? k_norm : 1.0f;
-  const Gates gates = ComputeGates(in.A_log, in.a, in.dt_bias, in.b);
-  return {gates.decay, gates.beta, q_factor, k_factor,
-          WarpSum(qk) * q_factor * k_factor};
+  const Factors factor = NormFactors(p, WarpSum(qq), WarpSum(kk));
+  const float decay = p.per_channel ? 1.0f : Decay(in.A_log, in.a + in.dt_bias);
+  return {decay, Beta(in.b), factor, WarpSum(qk) * factor.q * factor.k};
 }
 
 }  // namespace jax_gdn

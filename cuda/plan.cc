@@ -1,8 +1,7 @@
 #include "cuda/plan.h"
 
-#include <cassert>
-
 #include "cuda/decode_kv.h"
+#include "cuda/decode_vk.h"
 
 namespace jax_gdn {
 namespace {
@@ -10,14 +9,20 @@ namespace {
 // The y and z axes of a grid (HV and B) are 16-bit.
 constexpr int64_t kMaxGridYZ = 65535;
 
-const Kernel* FindKernel(int K, int VT) {
-  for (const Kernel& kernel : DecodeKVKernels()) {
-    if (kernel.K == K && kernel.VT == VT) return &kernel;
+const Kernel* FindKernel(const DecodeParams& params, int VT) {
+  for (const Kernel& kernel : DecodeKernels(params.layout)) {
+    if (kernel.state == params.state.dtype && kernel.K == params.K && kernel.VT == VT) {
+      return &kernel;
+    }
   }
   return nullptr;
 }
 
 }  // namespace
+
+const std::vector<Kernel>& DecodeKernels(Layout layout) {
+  return layout == Layout::kKV ? DecodeKVKernels() : DecodeVKKernels();
+}
 
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V) {
   if (K != 64 && K != 128 && K != 192 && K != 256) {
@@ -34,21 +39,26 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
   return std::nullopt;
 }
 
-// By the number of states alone: small tiles give a small batch enough blocks to fill
-// the chip, large ones read longer rows.
+// "KV": by the number of states alone. Small tiles give a small batch enough blocks to
+// fill the chip, large ones read longer rows. "VK" has one tile a kernel.
 int ChooseTile(const DecodeParams& params) {
+  if (params.layout == Layout::kVK) {
+    for (const Kernel& kernel : DecodeVKKernels()) {
+      if (kernel.state == params.state.dtype && kernel.K == params.K) return kernel.VT;
+    }
+  }
   const int64_t states = params.B * params.HV;
   int VT = states <= 256 ? 16 : states < 512 ? 32 : 64;
   while (params.V % VT != 0) VT /= 2;
   return VT;
 }
 
-LaunchPlan PlanDecode(const DecodeParams& params, int VT) {
-  const Kernel* kernel = FindKernel(params.K, VT);
-  assert(kernel != nullptr && params.V % VT == 0);
-  return {kernel, static_cast<unsigned>(params.V / VT),
-          static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
-          /*shared_bytes=*/0};
+std::optional<LaunchPlan> PlanDecode(const DecodeParams& params, int VT) {
+  const Kernel* kernel = FindKernel(params, VT);
+  if (kernel == nullptr || params.V % VT != 0) return std::nullopt;
+  return LaunchPlan{kernel, static_cast<unsigned>(params.V / VT),
+                    static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
+                    /*shared_bytes=*/0};
 }
 
 CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,
@@ -61,10 +71,12 @@ CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,
 }
 
 CudaStatus LoadKernels() {
-  for (const Kernel& kernel : DecodeKVKernels()) {
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
-    if (error != cudaSuccess) return {error, "cudaFuncGetAttributes"};
+  for (Layout layout : {Layout::kKV, Layout::kVK}) {
+    for (const Kernel& kernel : DecodeKernels(layout)) {
+      cudaFuncAttributes attributes;
+      cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
+      if (error != cudaSuccess) return {error, "cudaFuncGetAttributes"};
+    }
   }
   return {};
 }

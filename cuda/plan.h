@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "ffi/decode_params.h"
 
@@ -19,7 +20,9 @@ namespace jax_gdn {
 struct Kernel {
   const char* symbol;  // its name in the PTX
   const void* function;
-  int K, VT;    // keys of the state, columns a block owns
+  Layout layout;
+  DType state;  // storage type
+  int K, VT;    // key channels, value channels a block owns
   int threads;  // of a block
 };
 
@@ -28,6 +31,9 @@ struct LaunchPlan {
   unsigned grid_x, grid_y, grid_z;
   size_t shared_bytes;  // dynamic; static shared memory belongs to the kernel
 };
+
+// Every compiled kernel for a layout.
+const std::vector<Kernel>& DecodeKernels(Layout layout);
 
 // A CUDA call that failed, or success.
 struct CudaStatus {
@@ -38,12 +44,13 @@ struct CudaStatus {
 // Why no kernel takes these sizes, or nothing when one does.
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V);
 
-// Columns a block should own; divides V.
+// Value channels a block should own; divides V.
 int ChooseTile(const DecodeParams& params);
 
-// The launch with tiles of VT columns, for parameters that `WhyUnsupported` has
-// nothing against.
-LaunchPlan PlanDecode(const DecodeParams& params, int VT);
+// The launch with blocks of VT value channels; nothing if there is no such kernel or
+// VT does not divide V. With `ChooseTile` and parameters that `WhyUnsupported` has
+// nothing against, there always is one.
+std::optional<LaunchPlan> PlanDecode(const DecodeParams& params, int VT);
 
 // Enqueues; neither allocates nor synchronises.
 CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,

@@ -27,16 +27,20 @@ __device__ __forceinline__ void Load(const void* from, float& to) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(to) : "l"(from));
 }
 
-__device__ __forceinline__ void Load(const void* from, float4& to) {
-  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
+__device__ __forceinline__ void Load(const void* from, int32_t& to) {
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(to) : "l"(from));
+}
+
+__device__ __forceinline__ void Load(const void* from, uint4& to) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
                : "l"(from));
 }
 
 // The same, leaving the caches early (.cs, "likely accessed once").
-__device__ __forceinline__ void LoadStreaming(const void* from, float4& to) {
-  asm volatile("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
+__device__ __forceinline__ void LoadStreaming(const void* from, uint4& to) {
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
                : "l"(from));
 }
 

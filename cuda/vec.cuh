@@ -78,44 +78,35 @@ __device__ __forceinline__ float4 Widen(Raw<4> raw, DType dtype) {
           WidenBits(raw.low.y, raw.high.y, dtype, kPickY, kPickX)};
 }
 
-// Rounds to nearest even, once, and writes elements [index, index + 4).
+// Two values rounded to nearest even, as the 16-bit type `dtype` stores them.
+__device__ __forceinline__ uint32_t RoundPair(float x, float y, DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  const __half2 pair = __floats2half2_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Writes elements [index, index + 4), each rounded once.
 __device__ __forceinline__ void Store4(const Output& x, int64_t index,
-                                       const float (&value)[4]) {
+                                       const float* value) {
   if (x.dtype == DType::kFloat32) {
     reinterpret_cast<float4*>(x.data)[index / 4] =
         make_float4(value[0], value[1], value[2], value[3]);
-    return;
+  } else {
+    reinterpret_cast<uint2*>(x.data)[index / 4] = make_uint2(
+        RoundPair(value[0], value[1], x.dtype), RoundPair(value[2], value[3], x.dtype));
   }
-  uint16_t half[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    half[i] = x.dtype == DType::kBFloat16
-                  ? __bfloat16_as_ushort(__float2bfloat16_rn(value[i]))
-                  : __half_as_ushort(__float2half_rn(value[i]));
-  }
-  reinterpret_cast<ushort4*>(x.data)[index / 4] =
-      make_ushort4(half[0], half[1], half[2], half[3]);
 }
 
-// Four neighbouring columns of one row of a state. Streaming accesses leave the
-// caches early: they win while few blocks run, and lose where many do.
-template <bool kStreaming>
-__device__ __forceinline__ float4 LoadState(const float4* from) {
-  float4 value;
-  if constexpr (kStreaming) {
-    LoadStreaming(from, value);
+// Writes one element.
+__device__ __forceinline__ void Store1(const Output& x, int64_t index, float value) {
+  if (x.dtype == DType::kFloat32) {
+    static_cast<float*>(x.data)[index] = value;
   } else {
-    Load(from, value);
-  }
-  return value;
-}
-
-template <bool kStreaming>
-__device__ __forceinline__ void StoreState(float4* to, float4 value) {
-  if constexpr (kStreaming) {
-    __stcs(to, value);
-  } else {
-    *to = value;
+    static_cast<uint16_t*>(x.data)[index] =
+        static_cast<uint16_t>(RoundPair(value, 0.0f, x.dtype));
   }
 }
 

@@ -1,5 +1,7 @@
 #include "ffi/binding.h"
 
+#include <optional>
+#include <string>
 #include <variant>
 
 namespace jax_gdn {
@@ -26,27 +28,51 @@ ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
   bool known_dtypes = true;
   const auto tensor = [&](const ffi::AnyBuffer& x) {
     const std::optional<DType> dtype = DTypeOf(x.element_type());
-    known_dtypes = known_dtypes && dtype.has_value();
-    return Tensor{x.untyped_data(), dtype.value_or(DType::kFloat32),
-                  x.dimensions().begin(), x.dimensions().size()};
+    known_dtypes &= dtype.has_value() || x.element_type() == ffi::DataType::S32;
+    return Tensor{x.untyped_data(), dtype, x.dimensions().begin(),
+                  x.dimensions().size()};
   };
-  const DecodeOperands operands = {
-      tensor(call.q),          tensor(call.k),     tensor(call.v),
-      tensor(call.state),      tensor(call.A_log), tensor(call.a),
-      tensor(call.dt_bias),    tensor(call.b),     tensor(*call.out),
-      tensor(*call.new_state), call.scale,         call.use_qk_l2norm};
-  if (!known_dtypes) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "jax_gdn.decode: operands must be float32, bfloat16 or float16"));
+  size_t next = 0;
+  bool all_there = true;
+  const auto optional = [&](OptionalOperand bit) -> std::optional<Tensor> {
+    if (!(call.optional_operands & bit)) return std::nullopt;
+    const auto buffer = call.optional.get<ffi::AnyBuffer>(next++);
+    all_there &= buffer.has_value();
+    return buffer.has_value() ? std::optional(tensor(*buffer)) : std::nullopt;
+  };
+  const std::optional<Tensor> output = optional(kHasOutput);
+  const std::optional<Tensor> state_indices = optional(kHasStateIndices);
+  const std::optional<Tensor> output_state_indices = optional(kHasOutputStateIndices);
+  const DecodeOperands operands = {tensor(call.q),
+                                   tensor(call.k),
+                                   tensor(call.v),
+                                   tensor(call.state),
+                                   tensor(call.A_log),
+                                   tensor(call.a),
+                                   tensor(call.dt_bias),
+                                   tensor(call.b),
+                                   tensor(*call.out),
+                                   tensor(*call.new_state),
+                                   state_indices,
+                                   output_state_indices,
+                                   call.scale,
+                                   call.use_qk_l2norm,
+                                   static_cast<Layout>(call.state_layout)};
+  const auto invalid = [](const std::string& what) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(what));
+  };
+  if (!all_there || next != call.optional.size()) {
+    return invalid("jax_gdn.decode: optional_operands does not match the operands");
   }
-  if (call.output && call.output->untyped_data() != call.out->untyped_data()) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        "jax_gdn.decode: the result must share the buffer of output"));
+  if (!known_dtypes) {
+    return invalid(
+        "jax_gdn.decode: operands must be float32, bfloat16, float16, int32");
+  }
+  if (output && output->data != call.out->untyped_data()) {
+    return invalid("jax_gdn.decode: the result must share the buffer of output");
   }
   auto params = MakeParams(operands);
-  if (auto* error = std::get_if<std::string>(&params)) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(*error));
-  }
+  if (auto* error = std::get_if<std::string>(&params)) return invalid(*error);
   return std::get<DecodeParams>(params);
 }
 

@@ -31,7 +31,8 @@ ffi::Future Execute(ffi::ThreadPool pool, const DecodeCall& call) {
   const DecodeParams params = *decoded;
 
   const int64_t states = params.B * params.HV;
-  const int64_t bytes = states * params.K * params.V * int64_t{sizeof(float)};
+  const int64_t bytes =
+      states * params.K * params.V * (params.state.dtype == DType::kFloat32 ? 4 : 2);
   const int64_t tasks = std::clamp<int64_t>(std::min(bytes / kMinBytesPerTask, states),
                                             1, pool.num_threads());
   const auto share = [params, states, tasks](int64_t task) {

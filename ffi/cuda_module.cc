@@ -15,7 +15,6 @@
 #include <variant>
 #include <vector>
 
-#include "cuda/decode_kv.h"
 #include "cuda/plan.h"
 #include "ffi/binding.h"
 #include "ffi/module.h"
@@ -78,7 +77,8 @@ ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
   }
   if (params->B * params->HV * params->V == 0) return ffi::Error::Success();
-  return ErrorOf(Launch(PlanDecode(*params, ChooseTile(*params)), *params, stream));
+  const auto plan = PlanDecode(*params, ChooseTile(*params));
+  return ErrorOf(Launch(*plan, *params, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
@@ -100,24 +100,30 @@ XLA_FFI_DEFINE_HANDLER(
 using PythonTensor = std::tuple<uintptr_t, std::string, std::vector<int64_t>>;
 
 Tensor TensorOf(const PythonTensor& x) {
+  static const std::map<std::string, std::optional<DType>> kTypes = {
+      {"float32", DType::kFloat32},
+      {"bfloat16", DType::kBFloat16},
+      {"float16", DType::kFloat16},
+      {"int32", std::nullopt}};
   const auto& [address, dtype, shape] = x;
-  const DType type = dtype == "float32"    ? DType::kFloat32
-                     : dtype == "bfloat16" ? DType::kBFloat16
-                     : dtype == "float16"
-                         ? DType::kFloat16
-                         : throw nb::value_error(("unknown dtype " + dtype).c_str());
-  return {reinterpret_cast<void*>(address), type, shape.data(), shape.size()};
+  const auto type = kTypes.find(dtype);
+  if (type == kTypes.end()) throw nb::value_error(("unknown dtype " + dtype).c_str());
+  return {reinterpret_cast<void*>(address), type->second, shape.data(), shape.size()};
 }
 
 // The launch that these operands would get, without a device: for tests that run the
 // kernels' PTX. VT overrides the planner's tile.
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
-              bool use_qk_l2norm, std::optional<int> VT) {
+              bool use_qk_l2norm, int32_t state_layout, std::optional<int> VT) {
   const auto tensor = [&](const char* name) { return TensorOf(operands.at(name)); };
-  auto checked =
-      MakeParams({tensor("q"), tensor("k"), tensor("v"), tensor("state"),
-                  tensor("A_log"), tensor("a"), tensor("dt_bias"), tensor("b"),
-                  tensor("out"), tensor("state"), scale, use_qk_l2norm});
+  const auto optional = [&](const char* name) -> std::optional<Tensor> {
+    return operands.count(name) ? std::optional(tensor(name)) : std::nullopt;
+  };
+  auto checked = MakeParams(
+      {tensor("q"), tensor("k"), tensor("v"), tensor("state"), tensor("A_log"),
+       tensor("a"), tensor("dt_bias"), tensor("b"), tensor("out"), tensor("state"),
+       optional("state_indices"), optional("output_state_indices"), scale,
+       use_qk_l2norm, static_cast<Layout>(state_layout)});
   if (const auto* error = std::get_if<std::string>(&checked)) {
     throw nb::value_error(error->c_str());
   }
@@ -125,11 +131,9 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
   if (auto why = WhyUnsupported(params.B, params.HV, params.K, params.V)) {
     throw nb::value_error(why->c_str());
   }
-  const int tile = VT.value_or(ChooseTile(params));
-  if ((tile != 16 && tile != 32 && tile != 64) || params.V % tile != 0) {
-    throw nb::value_error("VT must be 16, 32 or 64 and divide V");
-  }
-  const LaunchPlan plan = PlanDecode(params, tile);
+  const auto found = PlanDecode(params, VT.value_or(ChooseTile(params)));
+  if (!found) throw nb::value_error("no kernel has this VT, or it does not divide V");
+  const LaunchPlan& plan = *found;
   nb::dict result;
   result["symbol"] = plan.kernel->symbol;
   result["grid"] = nb::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
@@ -157,10 +161,14 @@ NB_MODULE(_cuda, m) {
   m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
         nb::arg("V"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),
-        nb::arg("VT") = nb::none());
+        nb::arg("state_layout") = 0, nb::arg("VT") = nb::none());
   m.def("kernel_symbols", [] {
     std::vector<std::string> symbols;
-    for (const Kernel& kernel : DecodeKVKernels()) symbols.push_back(kernel.symbol);
+    for (Layout layout : {Layout::kKV, Layout::kVK}) {
+      for (const Kernel& kernel : DecodeKernels(layout)) {
+        symbols.push_back(kernel.symbol);
+      }
+    }
     return symbols;
   });
 }

@@ -1,7 +1,7 @@
 // What one decode call is, for every kernel: plain pointers and sizes.
 //
-// Axis letters: B sequences, H query/key heads, HV value heads, K and V head
-// sizes. Value head j reads key head j / (HV / H).
+// Axis letters: B sequences, T tokens, H query/key heads, HV value heads, K and V
+// head sizes, N slots of a state pool. Value head j reads key head j / (HV / H).
 #ifndef JAX_GDN_FFI_DECODE_PARAMS_H_
 #define JAX_GDN_FFI_DECODE_PARAMS_H_
 
@@ -11,6 +11,9 @@ namespace jax_gdn {
 
 // Storage types. All arithmetic is float32, whatever is stored.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Whether a state is [K, V] or [V, K].
+enum class Layout : int32_t { kKV = 0, kVK = 1 };
 
 // A dense row-major array whose storage type is known at run time.
 struct Input {
@@ -24,21 +27,26 @@ struct Output {
 };
 
 struct DecodeParams {
-  Input q;             // [B, 1, H, K]
-  Input k;             // [B, 1, H, K]
-  Input v;             // [B, 1, HV, V]
-  Input a;             // [B, 1, HV]
-  Input dt_bias;       // [HV]
-  Input b;             // [B, 1, HV]
-  const float* A_log;  // [HV]
-  float* state;        // [B, HV, K, V], read and written in place
-  Output out;          // [B, 1, HV, V]
-  int64_t B;
+  Input q;                     // [B, T, H, K]
+  Input k;                     // [B, T, H, K]
+  Input v;                     // [B, T, HV, V]
+  Input a;                     // [B, T, HV], or [B, T, HV, K] if per_channel
+  Input dt_bias;               // [HV], or [HV, K] if per_channel
+  Input b;                     // [B, T, HV]
+  const float* A_log;          // [HV]
+  Output state;                // [N, HV, K, V] or [N, HV, V, K], updated in place
+  Output out;                  // [B, T, HV, V]
+  const int32_t* read_slots;   // [B]; null: row n reads slot n
+  const int32_t* write_slots;  // [B], or [B, T] if snapshots; null: where it read
+  int64_t B, T, N;
   int32_t H, HV, K, V;
   int32_t group;           // HV / H, value heads that share a key head
   uint32_t group_inverse;  // ceil(2^32 / group) mod 2^32, for division by multiplying
   float scale;             // on q, after its normalisation
-  bool use_qk_l2norm;      // q and k become x / sqrt(sum x^2 + kNormEpsilon)
+  Layout layout;
+  bool use_qk_l2norm;  // q and k become x / sqrt(sum x^2 + kNormEpsilon)
+  bool per_channel;    // one decay per key channel, not one per head
+  bool snapshots;      // the state is written after every token
 };
 
 inline constexpr float kNormEpsilon = 1e-6f;

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <variant>
 
@@ -17,7 +18,7 @@ namespace jax_gdn {
 
 struct Tensor {
   void* data;
-  DType dtype;
+  std::optional<DType> dtype;  // none: 32-bit integers
   const int64_t* sizes;
   size_t rank;
 };
@@ -25,8 +26,10 @@ struct Tensor {
 struct DecodeOperands {
   Tensor q, k, v, state, A_log, a, dt_bias, b;
   Tensor out, new_state;
+  std::optional<Tensor> state_indices, output_state_indices;
   float scale;
   bool use_qk_l2norm;
+  Layout layout;
 };
 
 // The parameters, or what is wrong with the operands.

@@ -9,5 +9,6 @@ def plan(
     operands: dict[str, tuple[int, str, list[int]]],
     scale: float,
     use_qk_l2norm: bool,
+    state_layout: int = 0,
     VT: int | None = None,
 ) -> dict[str, object]: ...

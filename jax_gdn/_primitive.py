@@ -1,5 +1,6 @@
 """The operation as XLA sees it: which platform runs what, and what is aliased."""
 
+import dataclasses
 import functools as ft
 import warnings
 
@@ -14,6 +15,21 @@ from jax_gdn._reference import reference_decode
 
 _WAY_OUT = 'Pass implementation="xla" for the jnp form, which runs anywhere.'
 
+REQUIRED = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
+# In the order of the bits that tell the native handlers which of them there are.
+OPTIONAL = ("output", "state_indices", "output_state_indices")
+STATE_LAYOUTS = ("KV", "VK")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is fixed when a call is traced; hashable."""
+
+    operands: tuple[str, ...]  # names, in the order of REQUIRED and OPTIONAL
+    scale: float
+    use_qk_l2norm: bool
+    state_layout: str
+
 
 def _why_not_cuda(q: Array, v: Array) -> str | None:
     """Returns why the CUDA kernel cannot take these shapes, or None."""
@@ -23,23 +39,35 @@ def _why_not_cuda(q: Array, v: Array) -> str | None:
     return _registration.cuda.why_unsupported(B, HV, q.shape[-1], V)
 
 
-def _native(*operands: Array, scale: float, use_qk_l2norm: bool) -> list[Array]:
-    # Operands are (q, k, v, state, A_log, a, dt_bias, b[, output]).
+def _native(settings: Settings, *operands: Array) -> list[Array]:
     # Types from the definition carry shardings and varying axes too.
-    results = jax.eval_shape(_xla, *operands)
-    aliases = {3: 1} | ({8: 0} if len(operands) == 9 else {})
+    results = jax.eval_shape(ft.partial(_xla, settings), *operands)
+    index = {name: i for i, name in enumerate(settings.operands)}
+    aliases = {index["state"]: 1}
+    if "output" in index:
+        aliases[index["output"]] = 0
     call = jax.ffi.ffi_call(
         _registration.DECODE_TARGET, results, input_output_aliases=aliases
     )
-    return call(*operands, scale=np.float32(scale), use_qk_l2norm=bool(use_qk_l2norm))
-
-
-def _xla(*operands: Array, scale: float = 1.0, use_qk_l2norm: bool = True):
-    q, k, v, state, A_log, a, dt_bias, b, *rest = operands
-    output = rest[0] if rest else None
-    out, state = reference_decode(
-        *(q, k, v, state, A_log, a, dt_bias, b), scale, output, use_qk_l2norm
+    bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in index)
+    return call(
+        *operands,
+        scale=np.float32(settings.scale),
+        use_qk_l2norm=settings.use_qk_l2norm,
+        state_layout=np.int32(STATE_LAYOUTS.index(settings.state_layout)),
+        optional_operands=np.int32(bits),
     )
+
+
+def _xla(settings: Settings, *operands: Array) -> list[Array]:
+    arguments = dict(zip(settings.operands, operands, strict=True))
+    out, state = reference_decode(
+        **arguments,
+        scale=settings.scale,
+        use_qk_l2norm=settings.use_qk_l2norm,
+        state_layout=settings.state_layout,
+    )
+    output = arguments.get("output")
     # Written whole into `output`, so that a donated buffer finds its use.
     return [out if output is None else output.at[...].set(out), state]
 
@@ -69,11 +97,10 @@ mlir.register_lowering(_without_native_p, _lower_without_native)
 
 
 def bind_decode(
-    *operands: Array, scale: float, use_qk_l2norm: bool, implementation: str | None
+    settings: Settings, *operands: Array, implementation: str | None
 ) -> tuple[Array, Array]:
     """Stages the call; what runs is decided when it is lowered for a platform."""
-    settings = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-    xla = ft.partial(_xla, **settings)
+    xla = ft.partial(_xla, settings)
     if implementation == "xla":
         out, state = xla(*operands)
         return out, state
@@ -84,7 +111,7 @@ def bind_decode(
         )
         return xla(q, *operands[1:])
 
-    native = ft.partial(_native, **settings)
+    native = ft.partial(_native, settings)
     why_not_cuda = _why_not_cuda(operands[0], operands[2])
     out, state = jax.lax.platform_dependent(
         *operands,

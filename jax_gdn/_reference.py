@@ -8,12 +8,14 @@
     S    = S + k u^T
     out  = scale q^T S                                             default K ** -0.5
 
-Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464.
+Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464. With one
+decay a key channel, exp(g) multiplies the rows of S one by one: Kimi Delta Attention,
+arXiv:2510.26692.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def reference_decode(
@@ -28,25 +30,51 @@ def reference_decode(
     scale: float | None = None,
     output: Array | None = None,
     use_qk_l2norm: bool = True,
+    *,
+    state_layout: str = "KV",
+    state_indices: Array | None = None,
+    output_state_indices: Array | None = None,
 ) -> tuple[Array, Array]:
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
-    f32 = jnp.float32
-    group = v.shape[2] // q.shape[2]
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    N, B, K = state.shape[0], q.shape[0], q.shape[-1]
+    factor = K**-0.5 if scale is None else scale
+    read = jnp.arange(B) if state_indices is None else state_indices
+    write = read if output_state_indices is None else output_state_indices
+    there = (read >= 0) & (read < N)  # the other rows are padding
+    S = state[jnp.where(there, read, 0)].astype(jnp.float32)
+    S = S if state_layout == "KV" else S.mT
 
-    def heads(x):  # [B, 1, H, K] -> [B, HV, K]
-        x = x[:, 0].astype(f32)
-        if use_qk_l2norm:
-            x = x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
-        return jnp.repeat(x, group, axis=1)
+    def step(S, token):
+        out, S = _decode_token(S, *token, A_log, dt_bias, use_qk_l2norm)
+        return S, (factor * out, S if write.ndim == 2 else None)
 
-    qs, ks, vs = heads(q), heads(k), v[:, 0].astype(f32)
-    x = a[:, 0].astype(f32) + dt_bias.astype(f32)[None]
-    g = -jnp.exp(A_log)[None] * jax.nn.softplus(x)
-    beta = jax.nn.sigmoid(b[:, 0].astype(f32))
+    tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in (q, k, v, a, b)]
+    S, (out, snapshots) = lax.scan(step, S, tokens)
+    out = jnp.where(there[:, None, None, None], jnp.moveaxis(out, 0, 1), 0)
+    S = S if snapshots is None else jnp.moveaxis(snapshots, 0, 1)
+    state = _write_slots(state, write, there, S if state_layout == "KV" else S.mT)
+    return out.astype(q.dtype if output is None else output.dtype), state
 
-    S = jnp.exp(g)[..., None, None] * state
-    u = beta[..., None] * (vs - jnp.sum(ks[..., None] * S, axis=2))
-    S = S + ks[..., None] * u[:, :, None]
-    out = factor * jnp.sum(qs[..., None] * S, axis=2)
-    return out[:, None].astype(q.dtype if output is None else output.dtype), S
+
+def _decode_token(S, q, k, v, a, b, A_log, dt_bias, use_qk_l2norm):
+    """The formula: q, k [B, H, K], v [B, HV, V], a, b [B, HV], S [B, HV, K, V]."""
+    if use_qk_l2norm:
+        q, k = (x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in (q, k))
+    q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
+    x = a + dt_bias.astype(jnp.float32)[None]
+    rate = jnp.exp(A_log)
+    g = -jnp.expand_dims(rate, [0, *range(2, x.ndim)]) * jax.nn.softplus(x)
+    beta = jax.nn.sigmoid(b)[..., None]
+
+    S = (jnp.exp(g)[..., None] if g.ndim == 3 else jnp.exp(g)[..., None, None]) * S
+    u = beta * (v - jnp.sum(k[..., None] * S, axis=2))
+    S = S + k[..., None] * u[:, :, None]
+    return jnp.sum(q[..., None] * S, axis=2), S
+
+
+def _write_slots(state, write, there, S):
+    """Puts S [B, HV, ..], or [B, T, HV, ..], where `write` [B], or [B, T], says."""
+    there = there[:, None] if write.ndim == 2 else there
+    inside = there & (write >= 0) & (write < state.shape[0])
+    slots = jnp.where(inside, write, state.shape[0])
+    return state.at[slots].set(S.astype(state.dtype), mode="drop")

@@ -19,6 +19,7 @@ class Case:
     """Sizes, dtypes and values of one call; `inputs()` is the same every time."""
 
     B: int = 2
+    T: int = 1
     H: int = 2
     HV: int = 4
     K: int = 128
@@ -30,6 +31,12 @@ class Case:
     dt_bias: str = "float32"
     b: str = "bfloat16"
     output: str | None = None
+    state: str = "float32"
+    layout: str = "KV"
+    per_channel: bool = False  # one decay a key channel
+    N: int | None = None  # slots of a pool
+    reads: tuple[int, ...] | None = None  # state_indices
+    writes: tuple | None = None  # output_state_indices
     x: float | None = None  # a + dt_bias, everywhere
     b_value: float | None = None
     A_log_value: float | None = None
@@ -49,7 +56,17 @@ class Case:
 
     @property
     def settings(self) -> dict:
-        return {"scale": self.scale, "use_qk_l2norm": self.use_qk_l2norm}
+        return {
+            "scale": self.scale,
+            "use_qk_l2norm": self.use_qk_l2norm,
+            "state_layout": self.layout,
+        }
+
+    @property
+    def slots(self) -> dict[str, np.ndarray]:
+        """The slot arguments that the call has, by name."""
+        given = {"state_indices": self.reads, "output_state_indices": self.writes}
+        return {n: np.array(x, np.int32) for n, x in given.items() if x is not None}
 
     @property
     def out_dtype(self) -> np.dtype:
@@ -68,16 +85,19 @@ class Case:
                 x *= self.qk_norm / np.linalg.norm(x, axis=-1, keepdims=True)
             return x.astype(DTYPES[dtype])
 
-        B, H, HV, K, V = self.B, self.H, self.HV, self.K, self.V
+        B, T, H, HV, K, V = self.B, self.T, self.H, self.HV, self.K, self.V
+        channels = (K,) if self.per_channel else ()
+        tile = (K, V) if self.layout == "KV" else (V, K)
+        N = B if self.N is None else self.N
         arrays = {
-            "q": vectors(self.q, B, 1, H, K),
-            "k": vectors(self.k, B, 1, H, K),
-            "v": normal(self.v, B, 1, HV, V),
-            "state": normal("float32", B, HV, K, V),
+            "q": vectors(self.q, B, T, H, K),
+            "k": vectors(self.k, B, T, H, K),
+            "v": normal(self.v, B, T, HV, V),
+            "state": normal(self.state, N, HV, *tile),
             "A_log": np.log(rng.uniform(0.01, 16, HV)).astype(np.float32),
-            "a": normal(self.a, B, 1, HV),
-            "dt_bias": normal(self.dt_bias, HV),
-            "b": normal(self.b, B, 1, HV),
+            "a": normal(self.a, B, T, HV, *channels),
+            "dt_bias": normal(self.dt_bias, HV, *channels),
+            "b": normal(self.b, B, T, HV),
         }
         if self.x is not None:
             arrays["a"] = np.full_like(arrays["a"], self.x)
@@ -99,7 +119,13 @@ SHAPE_CASES = [
     *(Case(K=K, V=V) for K, V in itertools.product(SIZES, SIZES)),
 ]
 # Sizes that only the host kernel and the XLA form take.
-ODD_CASES = [Case(K=96, V=40), Case(K=7, V=3), Case(K=1, V=1)]
+ODD_CASES = [
+    Case(K=K, V=V, layout=layout, state=state, T=T, per_channel=T == 2)
+    for K, V in ((96, 40), (7, 3), (1, 1), (33, 17))
+    for layout in ("KV", "VK")
+    for state in DTYPES
+    for T in (1, 2)
+]
 DTYPE_CASES = [
     *(
         Case(q=io, k=io, v=io, a=gates, b=gates, dt_bias=bias)
@@ -131,4 +157,49 @@ VALUE_CASES = [
     Case(scale=0.37, **F32),
     Case(scale=0.37, use_qk_l2norm=False, qk_norm=2.0, **F32),
 ]
-CASES = SHAPE_CASES + DTYPE_CASES + GATE_CASES + VALUE_CASES
+LAYOUTS = ("KV", "VK")
+# Layout, state dtype and decay, each with each, in several lengths.
+FORM_CASES = [
+    Case(layout=layout, state=state, per_channel=per_channel, T=T)
+    for layout, state, per_channel, T in itertools.product(
+        LAYOUTS, DTYPES, (False, True), (1, 2, 5)
+    )
+]
+LAYOUT_CASES = [
+    *(Case(layout="VK", K=K, V=V) for K, V in itertools.product(SIZES, (16, 64, 80))),
+    *(Case(layout="VK", B=1, H=H, HV=HV) for H, HV in HEADS),
+    *(
+        Case(layout=layout, state=state, K=K, V=48, T=T)
+        for layout, state, K, T in itertools.product(
+            LAYOUTS, ("bfloat16", "float16"), SIZES, (1, 3)
+        )
+    ),
+    *(
+        Case(layout=layout, per_channel=True, x=x, A_log_value=A_log, **F32)
+        for layout, x, A_log in itertools.product(LAYOUTS, (-1e4, 88.0), (-10.0, 3.0))
+    ),
+    *(Case(layout=layout, T=33, B=1, K=64, V=32) for layout in LAYOUTS),
+]
+POOL = {"B": 4, "K": 64, "V": 32}
+POOL_CASES = [
+    Case(layout=layout, state=state, T=T, N=9, reads=reads, writes=writes, **POOL)
+    for layout, state in itertools.product(LAYOUTS, DTYPES)
+    for T, reads, writes in (
+        (1, (7, 0, 3, 5), None),
+        (1, (7, -1, 3, 9), None),
+        (1, (-1, -1, -1, -1), None),
+        (1, (7, -1, 3, 5), (1, 2, -1, 4)),
+        (1, (7, -1, 3, 5), ((1,), (2,), (99,), (4,))),
+        (2, (1, 3, -7, 5), (1, -1, 6, 0)),
+        (3, (1, -1, 3, 5), ((0, 2, 4), (6, 6, 6), (-1, 3, -1), (5, -1, 99))),
+    )
+]
+CASES = (
+    SHAPE_CASES
+    + DTYPE_CASES
+    + GATE_CASES
+    + VALUE_CASES
+    + FORM_CASES
+    + LAYOUT_CASES
+    + POOL_CASES
+)

@@ -6,28 +6,57 @@ EPSILON = 1e-6
 
 
 def decode64(
-    q, k, v, state, A_log, a, dt_bias, b, scale=None, use_qk_l2norm=True
+    q,
+    k,
+    v,
+    state,
+    A_log,
+    a,
+    dt_bias,
+    b,
+    scale=None,
+    use_qk_l2norm=True,
+    state_layout="KV",
+    state_indices=None,
+    output_state_indices=None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `(out, state)` in float64, one sequence and value head at a time."""
+    """Returns `(out, state)` in float64, one sequence, value head and token at a time.
+
+    A slot that nothing is written to keeps what it had.
+    """
     q, k, v, state, A_log, a, dt_bias, b = (
-        np.asarray(x).astype(np.float64) for x in (q, k, v, state, A_log, a, dt_bias, b)
+        np.array(x, dtype=np.float64) for x in (q, k, v, state, A_log, a, dt_bias, b)
     )
-    B, _, H, K = q.shape
+    B, T, H, K = q.shape
     HV, V = v.shape[2:]
+    N = state.shape[0]
     scale = K**-0.5 if scale is None else scale
-    out, new_state = np.empty((B, 1, HV, V)), np.empty((B, HV, K, V))
+    reads = np.arange(B) if state_indices is None else state_indices
+    writes = reads if output_state_indices is None else output_state_indices
+    every = np.ndim(writes) == 2
+    writes = (
+        np.asarray(writes) if every else np.repeat(np.asarray(writes)[:, None], T, 1)
+    )
+    out, new_state = np.zeros((B, T, HV, V)), state.copy()
     for n in range(B):
+        if not 0 <= reads[n] < N:
+            continue
         for j in range(HV):
-            q_j, k_j = q[n, 0, j // (HV // H)], k[n, 0, j // (HV // H)]
-            if use_qk_l2norm:
-                q_j = q_j / np.sqrt(q_j @ q_j + EPSILON)
-                k_j = k_j / np.sqrt(k_j @ k_j + EPSILON)
-            g = -np.exp(A_log[j]) * np.logaddexp(0.0, a[n, 0, j] + dt_bias[j])
-            beta = 1 / (1 + np.exp(-b[n, 0, j]))
-            S = np.exp(g) * state[n, j]
-            u = beta * (v[n, 0, j] - k_j @ S)
-            S = S + np.outer(k_j, u)
-            out[n, 0, j], new_state[n, j] = scale * (q_j @ S), S
+            S = state[reads[n], j]
+            S = S if state_layout == "KV" else S.T
+            for t in range(T):
+                q_j, k_j = q[n, t, j // (HV // H)], k[n, t, j // (HV // H)]
+                if use_qk_l2norm:
+                    q_j = q_j / np.sqrt(q_j @ q_j + EPSILON)
+                    k_j = k_j / np.sqrt(k_j @ k_j + EPSILON)
+                g = -np.exp(A_log[j]) * np.logaddexp(0.0, a[n, t, j] + dt_bias[j])
+                beta = 1 / (1 + np.exp(-b[n, t, j]))
+                S = np.exp(g).reshape(-1, 1) * S
+                u = beta * (v[n, t, j] - k_j @ S)
+                S = S + np.outer(k_j, u)
+                out[n, t, j] = scale * (q_j @ S)
+                if (every or t == T - 1) and 0 <= writes[n, t] < N:
+                    new_state[writes[n, t], j] = S if state_layout == "KV" else S.T
     return out, new_state
 
 
@@ -37,17 +66,17 @@ def assert_close(actual, expected, tolerance: float, what: str) -> None:
     A result stored in 16 bits may be one unit in its last place further off: half of
     one for its rounding, the rest for a float32 error that moves it across a tie.
     """
-    expected = np.asarray(expected)
+    actual, expected = np.asarray(actual), np.asarray(expected)
     allowed = np.full(
         expected.shape, tolerance * max(1.0, np.abs(expected).max(initial=0))
     )
     if actual.dtype.itemsize == 2:
         allowed += np.spacing(np.abs(expected).astype(actual.dtype)).astype(np.float64)
-    error = np.abs(np.asarray(actual).astype(np.float64) - expected)
+    error = np.abs(actual.astype(np.float64) - expected)
     if not (error <= allowed).all():
         at = np.unravel_index(np.argmax(error - allowed), error.shape)
         raise AssertionError(
-            f"{what}{list(at)} is {actual[at]}, should be {expected[at]}: "
+            f"{what}{list(map(int, at))} is {actual[at]}, should be {expected[at]}: "
             f"off by {error[at]:.3g}, allowed {allowed[at]:.3g}"
         )
 

@@ -9,29 +9,30 @@ from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 import jax_gdn
 
 
-def reference(*arrays, output=None, **settings):
-    return jax_gdn.reference_decode(*arrays, output=output, **settings)
+def reference(*arrays, **rest):
+    return jax_gdn.reference_decode(*arrays, **rest)
 
 
-def native(*arrays, output=None, **settings):
-    return jax_gdn.decode(*arrays, output=output, implementation="native", **settings)
+def native(*arrays, **rest):
+    return jax_gdn.decode(*arrays, implementation="native", **rest)
 
 
-def xla(*arrays, output=None, **settings):
-    return jax_gdn.decode(*arrays, output=output, implementation="xla", **settings)
+def xla(*arrays, **rest):
+    return jax_gdn.decode(*arrays, implementation="xla", **rest)
 
 
 def check(implementation, case: Case) -> None:
     arrays = case.inputs()
-    output = None
+    optional = case.slots
     if case.output is not None:
-        output = np.full(arrays["v"].shape, np.nan, case.out_dtype)
-    call = jax.jit(
-        lambda *x, output: implementation(*x, output=output, **case.settings)
+        optional["output"] = np.full(arrays["v"].shape, np.nan, case.out_dtype)
+    call = jax.jit(lambda *x, **k: implementation(*x, **k, **case.settings))
+    out, state = call(*arrays.values(), **optional)
+    expected_out, expected_state = decode64(
+        *arrays.values(), **case.slots, **case.settings
     )
-    out, state = call(*arrays.values(), output=output)
-    expected_out, expected_state = decode64(*arrays.values(), **case.settings)
     assert out.dtype == case.out_dtype
+    assert state.dtype == arrays["state"].dtype
     assert_close(np.asarray(state), expected_state, STATE_TOLERANCE, "state")
     assert_close(np.asarray(out), expected_out, OUT_TOLERANCE, "out")
 

@@ -33,7 +33,8 @@ def raises(error, match, **changes):
     with pytest.raises(error, match=r"jax_gdn\.decode: " + match):
         jax_gdn.decode(**arguments(**changes))
     # The same words under jit, before anything runs.
-    settings = {"scale", "use_qk_l2norm", "implementation"} & changes.keys()
+    static = {"scale", "use_qk_l2norm", "state_layout", "implementation"}
+    settings = static & changes.keys()
     arrays = {n: x for n, x in arguments(**changes).items() if n not in settings}
     fixed = {name: changes[name] for name in settings}
     with pytest.raises(error, match=r"jax_gdn\.decode: " + match):
@@ -66,20 +67,17 @@ def test_wrong_rank(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_dtype(name):
     expected = "float32"
-    if name not in ("state", "A_log"):
+    if name != "A_log":
         expected += " or bfloat16 or float16"
     wrong = arguments()[name].astype(jnp.int32)
     raises(TypeError, f"`{name}` must be {expected}; got int32", **{name: wrong})
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["state", "A_log"])
-def test_half_precision_where_float32_is_needed(name, dtype):
-    wrong = arguments()[name].astype(dtype)
+def test_half_precision_A_log(dtype):
+    wrong = arguments()["A_log"].astype(dtype)
     raises(
-        TypeError,
-        f"`{name}` must be float32; got {jnp.dtype(dtype).name}",
-        **{name: wrong},
+        TypeError, f"`A_log` must be float32; got {jnp.dtype(dtype).name}", A_log=wrong
     )
 
 
@@ -88,9 +86,56 @@ def test_missing_array(name):
     raises(TypeError, f"`{name}` must be an array .*; got NoneType", **{name: None})
 
 
-def test_several_tokens():
-    q = jnp.zeros((2, 3, 2, 64))
-    raises(ValueError, "`q` must have T = 1; got 3", q=q)
+def test_no_token():
+    q = jnp.zeros((2, 0, 2, 64))
+    raises(ValueError, "`q` must have T >= 1; got 0", q=q)
+
+
+def test_tokens_disagree():
+    k = jnp.zeros((2, 3, 2, 64))
+    match = r"`k` must have shape \[B, T, H, K\] = \[2, 1, 2, 64\]; got \[2, 3, 2, 64\]"
+    raises(ValueError, match, k=k)
+
+
+def test_decay_a_channel_needs_its_bias():
+    a = jnp.zeros((2, 1, 4, 64))
+    match = r"`dt_bias` must have shape \[HV, K\] = \[4, 64\]; got \[4\]"
+    raises(ValueError, match, a=a)
+    match = (
+        r"`a` must have shape \[B, T, HV, K\] = \[2, 1, 4, 64\]; got \[2, 1, 4, 65\]"
+    )
+    raises(ValueError, match, a=jnp.zeros((2, 1, 4, 65)))
+
+
+def test_layout_of_the_state():
+    match = (
+        r"`state` must have shape \[B, HV, V, K\] = \[2, 4, 32, 64\]; got \[2, 4, 64"
+    )
+    raises(ValueError, match, state_layout="VK")
+    match = '`state_layout` must be "KV" or "VK"; got \'kv\''
+    raises(ValueError, match, state_layout="kv")
+
+
+SLOTS = jnp.zeros(2, jnp.int32)
+
+
+def test_slots_of_a_pool():
+    pool = jnp.zeros((7, 4, 64, 32))
+    both = {"state": pool, "state_indices": SLOTS, "output_state_indices": SLOTS}
+    jax_gdn.decode(**arguments(**both))
+    match = r"`state_indices` must have shape \[B\] = \[2\]; got \[3\]"
+    raises(ValueError, match, **both | {"state_indices": jnp.zeros(3, jnp.int32)})
+    match = "`state_indices` must be int32; got float32"
+    raises(TypeError, match, **both | {"state_indices": jnp.zeros(2)})
+    match = r"`output_state_indices` must have shape \[B\] = \[2\]; got \[1\]"
+    raises(ValueError, match, **both | {"output_state_indices": SLOTS[:1]})
+    match = r"`output_state_indices` must have shape \[B, T\] = \[2, 1\]; got \[2, 2\]"
+    wrong = jnp.zeros((2, 2), jnp.int32)
+    raises(ValueError, match, **both | {"output_state_indices": wrong})
+    match = "`output_state_indices` needs `state_indices`"
+    raises(ValueError, match, output_state_indices=SLOTS)
+    match = r"`state` must have shape \[N, HV, K, V\] = \[N, 4, 64, 32\]; got \[7, 3"
+    raises(ValueError, match, **both | {"state": pool[:, :3]})
 
 
 def test_heads_do_not_divide():
@@ -141,11 +186,3 @@ def test_unknown_implementation(name):
         f'`implementation` must be None, "native" or "xla"; got {name!r}',
         implementation=name,
     )
-
-
-@pytest.mark.parametrize(
-    "keyword", ["state_layout", "state_indices", "output_state_indices"]
-)
-def test_later_keywords_are_refused(keyword):
-    with pytest.raises(TypeError, match=keyword):
-        jax_gdn.decode(**arguments(), **{keyword: None})

@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from cases import DTYPES, Case
+from cases import DTYPES, LAYOUTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
@@ -17,6 +17,10 @@ def cases(draw) -> Case:
     H = draw(st.integers(1, 4))
     return Case(
         B=draw(st.integers(0, 5)),
+        T=draw(st.integers(1, 3)),
+        state=draw(dtypes),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        per_channel=draw(st.booleans()),
         H=H,
         HV=H * draw(st.integers(1, 4)),
         K=draw(st.integers(1, 80)),

@@ -1,0 +1,118 @@
+// Vectors of N float32 lanes, and storage types to and from them.
+//
+// Written with the compiler's vector types, so that one source serves every
+// instruction set; N = 1 are plain numbers. In an unnamed namespace because files
+// compiled for different instruction sets include it: nothing here may be shared
+// between them by the linker.
+#ifndef JAX_GDN_CPU_LANES_H_
+#define JAX_GDN_CPU_LANES_H_
+
+#include <cstdint>
+
+#include "ffi/decode_params.h"
+
+namespace jax_gdn {
+namespace {
+
+template <int N>
+struct Lanes {
+  typedef float F __attribute__((vector_size(4 * N)));
+  typedef uint32_t U __attribute__((vector_size(4 * N)));
+  typedef uint16_t H __attribute__((vector_size(2 * N)));
+};
+template <>
+struct Lanes<1> {
+  typedef float F;
+  typedef uint32_t U;
+  typedef uint16_t H;
+};
+
+template <typename To, int N, typename From>
+inline To Convert(From x) {
+  if constexpr (N == 1) {
+    return static_cast<To>(x);
+  } else {
+    return __builtin_convertvector(x, To);
+  }
+}
+
+template <typename To, typename From>
+inline To Bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &x, sizeof to);
+  return to;
+}
+
+template <typename T>
+inline T Read(const void* from) {
+  T x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <int N>
+inline typename Lanes<N>::F Fill(float x) {
+  return x - typename Lanes<N>::F{};
+}
+
+constexpr int64_t SizeOf(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+// Elements [index, index + N), widened exactly.
+template <DType kType, int N>
+inline typename Lanes<N>::F Load(const void* data, int64_t index) {
+  using F = typename Lanes<N>::F;
+  using U = typename Lanes<N>::U;
+  using H = typename Lanes<N>::H;
+  const char* from = static_cast<const char*>(data) + SizeOf(kType) * index;
+  if constexpr (kType == DType::kFloat32) {
+    return Read<F>(from);
+  } else {
+    const U half = Convert<U, N>(Read<H>(from));
+    if constexpr (kType == DType::kBFloat16) return Bits<F>(half << 16);
+    const U sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
+    // Shifted into float32's fields, a value is off by 2^(127 - 15), subnormals
+    // included, and the product is exact. Infinities and NaNs keep their all-ones
+    // exponent.
+    const U finite = Bits<U>(Bits<F>(magnitude) * 0x1p112f);
+    const U special = magnitude | 0x7f800000u;
+    return Bits<F>(sign | (magnitude >= 0x0f800000u ? special : finite));
+  }
+}
+
+// Rounds to nearest even, once, into elements [index, index + N).
+template <DType kType, int N>
+inline void Store(void* data, int64_t index, typename Lanes<N>::F value) {
+  using F = typename Lanes<N>::F;
+  using U = typename Lanes<N>::U;
+  using H = typename Lanes<N>::H;
+  char* to = static_cast<char*>(data) + SizeOf(kType) * index;
+  if constexpr (kType == DType::kFloat32) {
+    __builtin_memcpy(to, &value, sizeof value);
+  } else {
+    const U bits = Bits<U>(value), magnitude = bits & 0x7fffffffu;
+    U half;
+    if constexpr (kType == DType::kBFloat16) {
+      const U rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+      half = magnitude > 0x7f800000u ? (bits >> 16 | 0x0040u) : rounded;
+    } else {
+      const U sign = bits >> 16 & 0x8000u;
+      // Below 2^-14, adding 0.5 makes float16's last place float32's last place.
+      const U subnormal = Bits<U>(Bits<F>(magnitude) + 0.5f) - 0x3f000000u;
+      const U normal =
+          (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+      const U finite = magnitude < 0x38800000u ? subnormal : normal;
+      const U infinite = U{} + 0x7c00u, nan = U{} + 0x7e00u;
+      // 65520 and above round to infinity.
+      const U large = magnitude > 0x7f800000u ? nan : infinite;
+      half = sign | (magnitude >= 0x477ff000u ? large : finite);
+    }
+    const H narrow = Convert<H, N>(half);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
+  }
+}
+
+}  // namespace
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CPU_LANES_H_

@@ -1,0 +1,54 @@
+// Gates and warp sums, for both kernels.
+#ifndef JAX_GDN_CUDA_GATES_CUH_
+#define JAX_GDN_CUDA_GATES_CUH_
+
+#include "ffi/decode_params.h"
+
+namespace jax_gdn {
+
+// Sums over groups of kLanes neighbouring lanes as a butterfly: every lane of a group
+// gets the same bits.
+template <int kLanes = 32>
+__device__ __forceinline__ float WarpSum(float x) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  }
+  return x;
+}
+
+// softplus(x) = log(1 + exp(x)), exact to rounding for every x.
+__device__ __forceinline__ float Softplus(float x) {
+  return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
+}
+
+// exp(g), in [0, 1], for x = a + dt_bias.
+__device__ __forceinline__ float Decay(float A_log, float x) {
+  return expf(-expf(A_log) * Softplus(x));
+}
+
+// The write strength, in [0, 1].
+__device__ __forceinline__ float Beta(float b) {
+  return __fdividef(1.0f, 1.0f + expf(-b));
+}
+
+// hv / group, exact for hv < 2^16: the error of the rounded-up inverse is below
+// hv / 2^32 < 1 / group. Group 1 has the inverse 2^32, which wraps to 0.
+__device__ __forceinline__ unsigned KeyHead(const DecodeParams& p, unsigned hv) {
+  return p.group_inverse == 0 ? hv : __umulhi(hv, p.group_inverse);
+}
+
+// What normalises q (and scales it) and k, from their sums of squares.
+struct Factors {
+  float q, k;
+};
+
+__device__ __forceinline__ Factors NormFactors(const DecodeParams& p, float qq,
+                                               float kk) {
+  const float q = p.scale * rsqrtf(qq + kNormEpsilon), k = rsqrtf(kk + kNormEpsilon);
+  return p.use_qk_l2norm ? Factors{q, k} : Factors{p.scale, 1.0f};
+}
+
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CUDA_GATES_CUH_
