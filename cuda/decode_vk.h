@@ -8,7 +8,7 @@
 
 namespace jax_gdn {
 
-// Every compiled instance, one for each state dtype and K.
+// Every compiled instance, for each state dtype, K and VT.
 const std::vector<Kernel>& DecodeVKKernels();
 
 }  // namespace jax_gdn

@@ -39,15 +39,13 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
   return std::nullopt;
 }
 
-// "KV": by the number of states alone. Small tiles give a small batch enough blocks to
-// fill the chip, large ones read longer rows. "VK" has one tile a kernel.
+// By the number of states alone: small tiles give a small batch enough blocks to fill
+// the chip; large ones read longer rows ("KV") or more of them ("VK").
 int ChooseTile(const DecodeParams& params) {
-  if (params.layout == Layout::kVK) {
-    for (const Kernel& kernel : DecodeVKKernels()) {
-      if (kernel.state == params.state.dtype && kernel.K == params.K) return kernel.VT;
-    }
-  }
   const int64_t states = params.B * params.HV;
+  if (params.layout == Layout::kVK) {
+    return states <= 128 ? 4 : params.K <= 128 ? 16 : 8;
+  }
   int VT = states <= 256 ? 16 : states < 512 ? 32 : 64;
   while (params.V % VT != 0) VT /= 2;
   return VT;
