@@ -39,10 +39,6 @@ struct Rows {
   static constexpr int kRows = VT / kRowsAtOnce;  // of a lane
   // Small blocks serve small batches; see LoadState.
   static constexpr bool kStreaming = VT == 4;
-  // Twelve blocks of 16 rows on a multiprocessor: 553 us, was 574 (H200, B = 512,
-  // HV = 32, K = V = 128, float32). Larger K does not fit.
-  static constexpr int kMinBlocks = VT == 16 ? 12 : 1;
-  static_assert(K % 64 == 0 && VT % kRowsAtOnce == 0 && 16 % VT == 0);
 };
 
 // A lane's part of a K-vector.
@@ -252,10 +248,10 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
 // clang-format on
 
 #define JAX_GDN_NAME(name, K, VT) gdn_decode_vk_##name##_k##K##_vt##VT
-#define JAX_GDN_DEFINE(name, dtype, K, VT)                                         \
-  extern "C" __global__ void __launch_bounds__(32, Rows<dtype, K, VT>::kMinBlocks) \
-      JAX_GDN_NAME(name, K, VT)(const __grid_constant__ DecodeParams p) {          \
-    DecodeRows<Rows<dtype, K, VT>>(p);                                             \
+#define JAX_GDN_DEFINE(name, dtype, K, VT)                                \
+  extern "C" __global__ void __launch_bounds__(32)                        \
+      JAX_GDN_NAME(name, K, VT)(const __grid_constant__ DecodeParams p) { \
+    DecodeRows<Rows<dtype, K, VT>>(p);                                    \
   }
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)
 

@@ -85,3 +85,40 @@ def test_drift_over_1000_steps():
         exact_out, exact = decode64(q, k, v, exact, A_log, a, dt_bias, b)
     assert_close(np.asarray(out), exact_out, OUT_TOLERANCE, "out")
     assert_close(np.asarray(state), exact, STATE_TOLERANCE, "state")
+
+
+FORMS = [
+    (layout, per_channel) for layout in ("KV", "VK") for per_channel in (False, True)
+]
+
+
+@pytest.mark.parametrize(("layout", "per_channel"), FORMS)
+@pytest.mark.parametrize("K", [64, 128, 192])
+def test_several_tokens_equal_single_calls(layout, per_channel, K):
+    case = Case(T=5, K=K, V=48, layout=layout, per_channel=per_channel)
+    arrays = case.inputs()
+    out, state = jax_gdn.decode(**arrays, state_layout=layout)
+    outs = []
+    single = dict(arrays)
+    for t in range(5):
+        for name in ("q", "k", "v", "a", "b"):
+            single[name] = arrays[name][:, t : t + 1]
+        out_t, single["state"] = jax_gdn.decode(**single, state_layout=layout)
+        outs.append(np.asarray(out_t))
+    assert bits(out) == bits(np.concatenate(outs, axis=1))
+    assert bits(state) == bits(single["state"])
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("layout", "per_channel"), FORMS)
+def test_row_alone_in_every_form(layout, per_channel, state):
+    case = Case(
+        B=9, T=2, K=64, V=48, layout=layout, per_channel=per_channel, state=state
+    )
+    arrays = case.inputs()
+    out, new = jax_gdn.decode(**arrays, state_layout=layout)
+    per_head = ("A_log", "dt_bias")
+    row = {n: x if n in per_head else x[4:5] for n, x in arrays.items()}
+    row_out, row_new = jax_gdn.decode(**row, state_layout=layout)
+    assert bits(row_out) == bits(out[4:5])
+    assert bits(row_new) == bits(new[4:5])

@@ -5,6 +5,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 import jax_gdn
 
 ROOT = Path(__file__).parents[1]
@@ -35,3 +37,9 @@ def test_decode_loop_example(capsys):
     printed = capsys.readouterr().out
     assert "same buffer: True" in printed
     assert "same bits True" in printed
+
+
+@pytest.mark.parametrize("name", ["continuous_batching", "speculative_decoding"])
+def test_server_examples(name, capsys):
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert re.search(r"bitwise [a-z ]+: True", capsys.readouterr().out)

@@ -1,0 +1,131 @@
+"""Pools of slots: what is read, what is written, and all that is not touched."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, LAYOUTS, Case
+from hlo import calls, copies, state_aliases
+from jax import lax
+
+import jax_gdn
+
+B, T, N, K, V = 3, 2, 8, 64, 32
+
+
+def case(**changes) -> Case:
+    given = {"B": B, "T": T, "N": N, "K": K, "V": V}
+    return Case(**{**given, "reads": (6, -1, 2), "writes": (4, 1, 2), **changes})
+
+
+def run(case: Case, state, implementation="native"):
+    arrays = case.inputs()
+    arrays["state"] = state
+    slots = {name: jnp.asarray(x) for name, x in case.slots.items()}
+    return jax_gdn.decode(
+        **arrays, **slots, **case.settings, implementation=implementation
+    )
+
+
+def written_slots(case: Case) -> set[int]:
+    """Returns the slots that the definition writes."""
+    writes = case.reads if case.writes is None else case.writes
+    rows = zip(case.reads, np.reshape(writes, (case.B, -1)), strict=True)
+    slots = {int(w) for r, ws in rows if 0 <= r < case.N for w in ws}
+    return {w for w in slots if 0 <= w < case.N}
+
+
+@pytest.mark.parametrize("implementation", ["native", "xla"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state", sorted(DTYPES))
+@pytest.mark.parametrize(
+    "writes", [None, (4, 1, -1), ((4, 0), (1, 1), (2, 99)), ((7, 7), (0, 0), (-1, 5))]
+)
+def test_other_slots_keep_their_bytes(writes, state, layout, implementation):
+    """All slots that no row reads hold NaN; none of it is read or written over."""
+    this = case(writes=writes, state=state, layout=layout)
+    pool = this.inputs()["state"]
+    unread = [slot for slot in range(N) if slot not in this.reads]
+    pool[unread] = np.nan
+    out, new = run(this, pool, implementation)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    assert not np.asarray(out)[1].any()  # the padded row
+    written = written_slots(this)
+    for slot in range(N):
+        same = np.asarray(new)[slot].tobytes() == pool[slot].tobytes()
+        assert same == (slot not in written), slot
+        if slot in written:
+            assert np.isfinite(np.asarray(new)[slot].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_row_padding(layout):
+    this = case(reads=(-1, N, 2**31 - 1), writes=None, layout=layout)
+    pool = this.inputs()["state"]
+    out, new = run(this, np.full_like(pool, np.nan))
+    assert not np.asarray(out).any()
+    assert np.isnan(np.asarray(new)).all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_snapshots_are_the_states_between(layout, per_channel):
+    """A snapshot after token t is bitwise what a call with t + 1 tokens leaves."""
+    this = case(
+        T=3,
+        reads=(6, 0, 2),
+        writes=((1, 3, 4), (5, 5, 0), (7, -1, 2)),
+        layout=layout,
+        per_channel=per_channel,
+    )
+    arrays = this.inputs()
+    _, snapshots = run(this, arrays["state"])
+    for row, slots in enumerate(this.writes):
+        for t, slot in enumerate(slots):
+            if slot < 0 or slot in slots[t + 1 :]:
+                continue
+            short = {n: x for n, x in arrays.items()}
+            for name in ("q", "k", "v", "a", "b"):
+                short[name] = arrays[name][row : row + 1, : t + 1]
+            short["state"] = arrays["state"][this.reads[row]][None]
+            _, state = jax_gdn.decode(**short, state_layout=layout)
+            got = np.asarray(snapshots)[slot]
+            np.testing.assert_array_equal(got, np.asarray(state)[0])
+
+
+def programs():
+    def one(pool, rest):
+        out, pool = jax_gdn.decode(state=pool, **rest)
+        return pool, out
+
+    def scan(pool, rest):
+        return lax.scan(lambda p, _: one(p, rest), pool, length=3)
+
+    def while_loop(pool, rest):
+        def body(carry):
+            i, pool = carry
+            return i + 1, one(pool, rest)[0]
+
+        return lax.while_loop(lambda c: c[0] < 3, body, (0, pool))[::-1]
+
+    return [one, scan, while_loop]
+
+
+@pytest.mark.parametrize("writes", [None, (4, 1, 2), ((4, 0), (1, 1), (2, 5))])
+@pytest.mark.parametrize("program", programs(), ids=lambda f: f.__name__)
+def test_donated_pool_is_aliased_whole(program, writes):
+    """No gather, no scatter, no copy: the kernel finds the slots itself."""
+    this = case(writes=writes)
+    rest = {n: jnp.asarray(x) for n, x in (this.inputs() | this.slots).items()}
+    pool = rest.pop("state")
+    where = pool.unsafe_buffer_pointer()
+    compiled = jax.jit(program, donate_argnums=0).lower(pool, rest).compile()
+    text = compiled.as_text()
+    assert calls(text) == state_aliases(text) == 1
+    assert copies(text, pool.shape) == 0
+    assert "gather(" not in text
+    assert "scatter(" not in text
+    assert "dynamic-slice(" not in text.replace("dynamic-slice(s32", "")
+    assert compiled.memory_analysis().temp_size_in_bytes < pool.nbytes
+    updated, _ = compiled(pool, rest)
+    assert updated.unsafe_buffer_pointer() == where
