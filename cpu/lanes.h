@@ -70,13 +70,14 @@ inline typename Lanes<N>::F Load(const void* data, int64_t index) {
   } else {
     const U half = Convert<U, N>(Read<H>(from));
     if constexpr (kType == DType::kBFloat16) return Bits<F>(half << 16);
-    const U sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
-    // Shifted into float32's fields, a value is off by 2^(127 - 15), subnormals
-    // included, and the product is exact. Infinities and NaNs keep their all-ones
-    // exponent.
-    const U finite = Bits<U>(Bits<F>(magnitude) * 0x1p112f);
-    const U special = magnitude | 0x7f800000u;
-    return Bits<F>(sign | (magnitude >= 0x0f800000u ? special : finite));
+    const U sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+    // XLA's threads treat float32 subnormals as zero, so none may occur on the way:
+    // float16's are whole numbers of 2^-24.
+    const U subnormal = Bits<U>(Convert<F, N>(magnitude) * 0x1p-24f);
+    const U normal = (magnitude << 13) + 0x38000000u;   // exponents 2^112 apart
+    const U special = (magnitude << 13) + 0x70000000u;  // infinity and NaN: all ones
+    const U large = magnitude >= 0x7c00u ? special : normal;
+    return Bits<F>(sign | (magnitude < 0x0400u ? subnormal : large));
   }
 }
 

@@ -110,7 +110,8 @@ def check_settings(
         )
     if state_layout not in ("KV", "VK"):
         raise ValueError(
-            f'jax_gdn.decode: `state_layout` must be "KV" or "VK"; got {state_layout!r}.'
+            'jax_gdn.decode: `state_layout` must be "KV" or "VK"; '
+            f"got {state_layout!r}."
         )
     if implementation not in (None, "native", "xla"):
         raise ValueError(

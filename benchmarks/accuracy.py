@@ -1,0 +1,146 @@
+"""Prints how exact `decode` is, against the tests' float64 loop.
+
+    python benchmarks/accuracy.py [errors | drift | tokens] [--json FILE]
+
+`errors`: the largest error of the state and of a float32 output, for every layout,
+state dtype, form of decay, number of tokens and K. `drift`: the error of a state after
+1, 100 and 1000 steps, for each dtype it may be stored in. `tokens`: the time of eight
+tokens in one call against eight calls.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_gdn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cases import DTYPES, F32, LAYOUTS, SIZES, Case
+from oracle import decode64
+
+
+def relative_error(actual, expected) -> float:
+    """Returns the largest error over the largest value."""
+    error = np.abs(np.asarray(actual).astype(np.float64) - expected).max()
+    return float(error / np.abs(expected).max())
+
+
+def errors() -> list[dict]:
+    rows = []
+    forms = itertools.product(LAYOUTS, DTYPES, (False, True), (1, 2, 5, 33))
+    for layout, state, per_channel, T in forms:
+        form = {"layout": layout, "state": state, "per_channel": per_channel, "T": T}
+        row: dict = dict(form)
+        for K in SIZES:
+            case = Case(**form, **F32, K=K, V=64, B=1)
+            out, new = jax_gdn.decode(
+                **case.inputs(), state_layout=layout, implementation="native"
+            )
+            exact_out, exact = decode64(**case.inputs(), state_layout=layout)
+            row[f"K {K}"] = [
+                relative_error(new, exact),
+                relative_error(out, exact_out),
+            ]
+        rows.append(row)
+    return rows
+
+
+def drift() -> list[dict]:
+    """A slow decay, so that the state remembers about a hundred steps."""
+    rows = []
+    for state in DTYPES:
+        case = Case(B=1, H=1, HV=2, state=state, **F32)
+        step = jax.jit(
+            lambda state, rest: jax_gdn.decode(state=state, **rest), donate_argnums=0
+        )
+        first = case.inputs()
+        first["A_log"][:] = -4.0
+        now, exact = jnp.asarray(first["state"]), first["state"].astype(np.float64)
+        row: dict = {"state": state}
+        for n in range(1, 1001):
+            rest = Case(**{**case.__dict__, "seed": n}).inputs()
+            rest |= {"A_log": first["A_log"], "dt_bias": first["dt_bias"]}
+            del rest["state"]
+            _, now = step(now, rest)
+            _, exact = decode64(state=exact, **rest)
+            if n in (1, 100, 1000):
+                row[f"{n} steps"] = relative_error(now, exact)
+        rows.append(row)
+    return rows
+
+
+def tokens() -> list[dict]:
+    rows = []
+    for B in (1, 32):
+        case = Case(B=B, T=8, H=16, HV=32)
+        inputs = {name: jnp.asarray(x) for name, x in case.inputs().items()}
+        state = inputs.pop("state")
+        sliced = ("q", "k", "v", "a", "b")
+        singles = [
+            {n: x[:, t : t + 1] if n in sliced else x for n, x in inputs.items()}
+            for t in range(8)
+        ]
+
+        def call(state, rest):
+            return jax_gdn.decode(state=state, **rest)[::-1]
+
+        step = jax.jit(call, donate_argnums=0)
+        together, apart = jnp.array(state), jnp.array(state)
+        times: dict[str, list[float]] = {"one call": [], "eight calls": []}
+        for _ in range(30):
+            start = time.perf_counter()
+            together = jax.block_until_ready(step(together, inputs)[0])
+            middle = time.perf_counter()
+            for single in singles:
+                apart, _ = step(apart, single)
+            jax.block_until_ready(apart)
+            times["one call"].append(middle - start)
+            times["eight calls"].append(time.perf_counter() - middle)
+        medians = {n: statistics.median(t[3:]) * 1e6 for n, t in times.items()}
+        ratio = medians["eight calls"] / medians["one call"]
+        rows.append({"B": B, **{f"{n}, us": t for n, t in medians.items()}})
+        rows[-1]["ratio"] = ratio
+    return rows
+
+
+def _text(value) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.1e}" if value < 0.1 else f"{value:.3g}"
+    return str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["errors", "drift", "tokens"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tables = {"errors": errors, "drift": drift, "tokens": tokens}
+    wanted = [arguments.what] if arguments.what else list(tables)
+    results: dict = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jax_gdn": jax_gdn.__version__,
+    }
+    for name in wanted:
+        results[name] = rows = tables[name]()
+        print(f"\n{name}, on {results['device']}\n")
+        print("| " + " | ".join(rows[0]) + " |")
+        print("|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(map(_text, row.values())) + " |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
