@@ -1,0 +1,339 @@
+"""Executes a grid of one kernel, vectorised over the threads of many blocks.
+
+Threads that stand at one place in the code form a group. The group at the lowest place
+runs until it branches, ends, waits, or meets the next group and joins it: so threads
+come together again as soon as the code lets them. Nothing measured or detected depends
+on this order, except how warps that diverged are counted.
+
+bar.sync waits for every thread of the block, at the same instruction; one that has
+ended or stands elsewhere is a defect. shfl.sync and bar.warp.sync wait for the lanes
+of their mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ptx import fault
+from ptx.counters import Counters
+from ptx.lanes import WARP, Lanes, Launch, Site
+from ptx.memory import GlobalMemory, SharedMemory
+from ptx.parser import Instruction, Vector
+from ptx.program import Program, unknown
+
+BATCH_THREADS = 8192  # together; more fall out of the cache
+WAITING = ("bar.sync", "bar.warp.sync", "shfl.sync.bfly.b32")  # count when they pass
+MAX_STEPS = 1_000_000  # of a batch, before it is taken for endless
+FULL_MASK = 0xFFFFFFFF
+
+
+def run(
+    program: Program,
+    launch: Launch,
+    memory: GlobalMemory,
+    arguments: bytes,
+    dynamic_shared: int = 0,
+    approximate_by: float = 0,
+    blocks: range | None = None,
+) -> Counters:
+    """Runs a grid; changes `memory`; raises `FaultError` at a defect.
+
+    `approximate_by`, -1 to 1, moves what .approx instructions return by that much of
+    their largest error. `blocks` are those to run, by number; all of them by default.
+    """
+    kernel = program.kernel
+    limit = kernel.max_threads
+    if launch.threads % WARP or (limit is not None and launch.threads > limit):
+        raise launch.fault(fault.BLOCK_SIZE, f"{launch.threads} threads of {limit}")
+    counters = Counters(len(kernel.code))
+    together = max(1, BATCH_THREADS // launch.threads)
+    shared_bytes = kernel.shared_bytes + dynamic_shared
+    blocks = range(launch.blocks) if blocks is None else blocks
+    with np.errstate(all="ignore"):
+        for first in range(blocks.start, blocks.stop, together):
+            count = min(together, blocks.stop - first)
+            shared = SharedMemory(
+                launch, count, shared_bytes, program.granule["shared"]
+            )
+            batch = Batch(program, launch, first, count, memory, shared, counters)
+            batch.arguments = np.frombuffer(arguments, np.uint8)
+            batch.approximate_by = approximate_by
+            batch.run()
+    counters.finish(memory)
+    return counters
+
+
+class Batch:
+    """A run of consecutive blocks: their registers, shared memory and places."""
+
+    arguments: np.ndarray
+    approximate_by: float
+
+    def __init__(
+        self,
+        program: Program,
+        launch: Launch,
+        first_block: int,
+        blocks: int,
+        memory: GlobalMemory,
+        shared: SharedMemory,
+        counters: Counters,
+    ):
+        self.program, self.launch, self.memory = program, launch, memory
+        self.shared, self.counters = shared, counters
+        self.code = program.kernel.code
+        self.blocks = blocks
+        self.count = blocks * launch.threads
+        self.first_thread = first_block * launch.threads
+        self.registers: dict[str, np.ndarray] = {}
+        self.special = self._special(first_block)
+        # Groups by place; `waiting` at bar.sync or for lanes of a warp.
+        self.ready: dict[int, Lanes] = {}
+        self.waiting: dict[int, Lanes] = {}
+        self.steps = 0
+        self.controls = {
+            "bra": self._branch,
+            "bra.uni": self._branch,
+            "ret": lambda pc, lanes: None,
+            "bar.sync": self._barrier,
+            "bar.warp.sync": self._warp_barrier,
+            "shfl.sync.bfly.b32": self._shuffle,
+        }
+
+    def _special(self, first_block: int) -> dict[str, np.ndarray]:
+        threads = self.launch.threads
+        block = first_block + np.repeat(np.arange(self.blocks), threads)
+        x, y, z = self.launch.block_of(block)
+        values = {"tid": np.tile(np.arange(threads), self.blocks)}
+        return {
+            "%tid.x": values["tid"].astype(np.uint32),
+            "%ctaid.x": x.astype(np.uint32),
+            "%ctaid.y": y.astype(np.uint32),
+            "%ctaid.z": z.astype(np.uint32),
+        }
+
+    def site(self, instruction: Instruction, lanes: Lanes) -> Site:
+        """Where something happens."""
+        return Site(self.launch, instruction, lanes, self.first_thread)
+
+    # Registers are never changed in place: one array may stand for several.
+
+    def read(self, name: str, lanes: Lanes) -> np.ndarray:
+        """A register; one that some thread of the batch wrote counts as written."""
+        if name not in self.registers:
+            raise self.launch.fault(fault.REGISTER, name)
+        return self.registers[name][lanes.at]
+
+    def write(self, name: str, lanes: Lanes, values: np.ndarray) -> None:
+        """Sets a register of some threads."""
+        if not lanes.is_full:
+            old = self.registers.get(name)
+            whole = np.zeros(self.count, values.dtype) if old is None else old.copy()
+            whole[lanes.index] = values
+            values = whole
+        self.registers[name] = values
+
+    def load_global(self, pc, lanes, addresses, access) -> np.ndarray:
+        """Returns [lanes, items]."""
+        site = self.site(self.code[pc], lanes)
+        values, places = self.memory.read(site, addresses, access.dtype, access.items)
+        self.counters.count_global(pc, site, self.memory, places, access.width, False)
+        return values
+
+    def store_global(self, pc, lanes, addresses, values) -> None:
+        """Stores [lanes, items]."""
+        site = self.site(self.code[pc], lanes)
+        places = self.memory.write(site, addresses, values)
+        width = values.dtype.itemsize * values.shape[1]
+        self.counters.count_global(pc, site, self.memory, places, width, True)
+
+    def load_shared(self, pc, lanes, addresses, access) -> np.ndarray:
+        """Returns [lanes, items]."""
+        site = self.site(self.code[pc], lanes)
+        values = self.shared.read(site, addresses, access.dtype, access.items)
+        self.counters.count_shared(pc, site, addresses, access.width)
+        return values
+
+    def store_shared(self, pc, lanes, addresses, values) -> None:
+        """Stores [lanes, items]."""
+        site = self.site(self.code[pc], lanes)
+        self.shared.write(site, addresses, values)
+        width = values.dtype.itemsize * values.shape[1]
+        self.counters.count_shared(pc, site, addresses, width)
+
+    def run(self) -> None:
+        """Until every thread has ended."""
+        self.ready[0] = Lanes(np.arange(self.count), self.count)
+        while self.ready or self.waiting:
+            if not self.ready:
+                self._release()
+            pc = min(self.ready)
+            self._advance(pc, self.ready.pop(pc))
+
+    def _join(self, groups: dict[int, Lanes], pc: int, lanes: Lanes) -> None:
+        if len(lanes) == 0:
+            return
+        if pc in groups:
+            both = np.sort(np.concatenate([groups[pc].index, lanes.index]))
+            lanes = Lanes(both, self.count)
+        groups[pc] = lanes
+
+    def _subset(self, lanes: Lanes, chosen: np.ndarray) -> Lanes:
+        return lanes if chosen.all() else Lanes(lanes.index[chosen], self.count)
+
+    def _advance(self, pc: int, lanes: Lanes) -> None:
+        """Runs one group until it branches, ends, waits or meets another."""
+        meets = min(self.ready, default=len(self.code))
+        executed = self.counters.executed
+        while pc < meets:
+            self.steps += 1
+            if self.steps > MAX_STEPS:
+                thread = int(lanes.index[0]) + self.first_thread
+                raise self.launch.fault(fault.RUNAWAY, "", thread, self.code[pc])
+            step = self.program.steps[pc]
+            if step is None:
+                self._control(pc, lanes)
+                return
+            # A warp spends its turn on an instruction that the guard stops, too.
+            executed[pc] += lanes.warps
+            active = lanes
+            if self.code[pc].guard is not None:
+                active = self._subset(lanes, self._guarded(pc, lanes))
+            if len(active):
+                step(self, active)
+            pc += 1
+        if pc == len(self.code):
+            raise self.launch.fault(fault.RUNAWAY, "it has no ret at its end")
+        self._join(self.ready, pc, lanes)
+
+    def _guarded(self, pc: int, lanes: Lanes) -> np.ndarray:
+        """Which of the threads an instruction's guard lets through."""
+        guard = self.code[pc].guard
+        if guard is None:
+            return np.ones(len(lanes), bool)
+        name, wanted = guard
+        return self.read(name, lanes) == wanted
+
+    def _control(self, pc: int, lanes: Lanes) -> None:
+        """Runs a CONTROL instruction; threads that its guard stops step over it."""
+        chosen = self._guarded(pc, lanes)
+        if self.code[pc].opcode not in WAITING:
+            self.counters.executed[pc] += lanes.warps
+        self._join(self.ready, pc + 1, self._subset(lanes, ~chosen))
+        active = self._subset(lanes, chosen)
+        if len(active):
+            self.controls[self.code[pc].opcode](pc, active)
+
+    def _branch(self, pc: int, lanes: Lanes) -> None:
+        target = self.program.kernel.labels[self.code[pc].operands[0].name]
+        self._join(self.ready, target, lanes)
+
+    def _barrier(self, pc: int, lanes: Lanes) -> None:
+        if self.code[pc].operands[0].value != 0 or len(self.code[pc].operands) > 1:
+            raise unknown(self.code[pc])
+        self._join(self.waiting, pc, lanes)
+
+    def _release(self) -> None:
+        """Lets every block go on whose threads all wait at one barrier."""
+        released = False
+        for pc, lanes in list(self.waiting.items()):
+            if self.code[pc].opcode != "bar.sync":
+                continue
+            block = lanes.index // self.launch.threads
+            arrived = np.bincount(block, minlength=self.blocks)
+            complete = arrived == self.launch.threads
+            if complete.any():
+                self._pass(pc, lanes, complete[block])
+                self.shared.barrier(np.flatnonzero(complete))
+                self.counters.barriers += int(complete.sum())
+                released = True
+        if not released:
+            raise self._stuck()
+
+    def _pass(self, pc: int, lanes: Lanes, chosen: np.ndarray) -> None:
+        """Moves waiting threads on to the next instruction."""
+        del self.waiting[pc]
+        through = self._subset(lanes, chosen)
+        self.counters.executed[pc] += through.warps
+        self._join(self.ready, pc + 1, through)
+        if not chosen.all():
+            self.waiting[pc] = self._subset(lanes, ~chosen)
+
+    def _stuck(self) -> fault.FaultError:
+        """What keeps the first block that waits from going on."""
+        pc = min(self.waiting, key=lambda pc: self.waiting[pc].index[0])
+        first = int(self.waiting[pc].index[0])
+        threads = self.launch.threads
+        number = first // threads
+        here = self.waiting[pc].index
+        missing = np.setdiff1d(
+            np.arange(number * threads, (number + 1) * threads), here
+        )
+        kind = fault.BARRIER
+        if self.code[pc].opcode != "bar.sync":
+            kind, missing = fault.WARP_SYNC, missing[missing // WARP == first // WARP]
+        detail = f"{len(missing)} threads missing, first {missing[0] % threads}"
+        return self.launch.fault(kind, detail, first + self.first_thread, self.code[pc])
+
+    def _meet(self, pc: int, lanes: Lanes, mask_operand) -> Lanes | None:
+        """The threads whose warp is complete by their masks; the others wait."""
+        if pc in self.waiting:
+            self._join(self.waiting, pc, lanes)
+            lanes = self.waiting.pop(pc)
+        mask = np.broadcast_to(
+            self.program.compiler.getter(mask_operand, "b32")(self, lanes), len(lanes)
+        )
+        here = np.zeros(lanes.warps, np.uint32)
+        np.bitwise_or.at(here, lanes.row, np.uint32(1) << lanes.lane.astype(np.uint32))
+        outside = (mask >> lanes.lane.astype(np.uint32)) & 1 == 0
+        self.site(self.code[pc], lanes).raise_if(
+            outside, fault.WARP_SYNC, detail="executed by a lane outside its mask"
+        )
+        complete = mask & ~here[lanes.row] == 0
+        if not complete.all():
+            self.waiting[pc] = self._subset(lanes, ~complete)
+        lanes = self._subset(lanes, complete)
+        if len(lanes) == 0:
+            return None
+        self.counters.executed[pc] += lanes.warps
+        self._join(self.ready, pc + 1, lanes)
+        return lanes
+
+    def _warp_barrier(self, pc: int, lanes: Lanes) -> None:
+        (mask,) = self.code[pc].operands
+        met = self._meet(pc, lanes, mask)
+        if met is not None:
+            if len(met) != met.warps * WARP:  # a part of a warp
+                raise unknown(self.code[pc])
+            self.shared.warp_barrier(met.first_of_warp // WARP)
+
+    def _shuffle(self, pc: int, lanes: Lanes) -> None:
+        """shfl.sync.bfly: each lane takes the value of lane ^ b, within its segment."""
+        target, value, offset, clamp, mask = self.code[pc].operands
+        met = self._meet(pc, lanes, mask)
+        if met is None:
+            return
+        lanes = met
+        compiler = self.program.compiler
+        value, offset, clamp = (
+            np.broadcast_to(
+                compiler.getter(operand, "b32")(self, lanes), len(lanes)
+            ).astype(np.uint32)
+            for operand in (value, offset, clamp)
+        )
+        lane = lanes.lane.astype(np.uint32)
+        segment = (clamp >> np.uint32(8)) & np.uint32(31)
+        last = (lane & segment) | (clamp & np.uint32(31) & ~segment)
+        source = lane ^ (offset & np.uint32(31))
+        in_range = source <= last
+        source = np.where(in_range, source, lane)
+        present = lanes.by_warp(np.ones(len(lanes), bool), False)
+        self.site(self.code[pc], lanes).raise_if(
+            ~present[lanes.row, source],
+            fault.WARP_SYNC,
+            detail="takes the value of a lane that does not take part",
+        )
+        shuffled = lanes.by_warp(value, 0)[lanes.row, source]
+        results = target.items if isinstance(target, Vector) else (target,)
+        for item, result in zip(results, (shuffled, in_range), strict=False):
+            compiler.setter(item)(self, lanes, result)

@@ -1,0 +1,206 @@
+"""Arithmetic opcodes against plain Python integers, and the errors for unknown ones."""
+
+import operator
+
+import numpy as np
+import pytest
+
+from ptx import fixtures, module
+from ptx.fault import UnsupportedError
+from ptx.opcodes import NUMPY_TYPES, OPERATIONS
+from ptx.parser import parse
+from ptx.program import CONTROL, Program, class_of, memory_access
+
+CORNERS = [0, 1, 2, 31, 32, 33, 63, 64, 0x7F, 0x80, 0x7FFF, 0x8000, 0x12345678]
+CORNERS += [
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    0x7FFFFFFFFFFFFFFF,
+    1 << 63,
+    (1 << 64) - 1,
+]
+
+
+def pairs(kind: str, second: str):
+    """All pairs of corners as arrays of two types, and as Python integers."""
+
+    def cast(kind):
+        dtype = NUMPY_TYPES[kind]
+        bits = 8 * dtype.itemsize
+        return np.array([x & ((1 << bits) - 1) for x in CORNERS], f"u{bits // 8}").view(
+            dtype
+        )
+
+    a, b = np.meshgrid(cast(kind), cast(second))
+    return a.ravel(), b.ravel()
+
+
+def wrapped(values, kind: str) -> list[int]:
+    """Python integers as the type holds them."""
+    dtype = NUMPY_TYPES[kind]
+    bits = 8 * dtype.itemsize
+    low = [int(x) & ((1 << bits) - 1) for x in values]
+    return np.array(low, f"u{bits // 8}").view(dtype).tolist()
+
+
+EXPECTED = {
+    "add.s32": operator.add,
+    "add.s64": operator.add,
+    "sub.s32": operator.sub,
+    "mul.lo.s64": operator.mul,
+    "mul.wide.s32": operator.mul,
+    "mul.hi.u32": lambda a, b: (a * b) >> 32,
+    "and.b32": operator.and_,
+    "and.b64": operator.and_,
+    "or.b32": operator.or_,
+    "or.b64": operator.or_,
+    "shl.b32": lambda a, b: a << min(b, 64),
+    "shl.b64": lambda a, b: a << min(b, 64),
+    "shr.u32": lambda a, b: a >> min(b, 64),
+    "shr.u64": lambda a, b: a >> min(b, 64),
+    "shr.s64": lambda a, b: a >> min(b, 64),
+    "setp.eq.s16": operator.eq,
+    "setp.eq.s32": operator.eq,
+    "setp.ne.s32": operator.ne,
+    "setp.lt.s32": operator.lt,
+    "setp.lt.u32": operator.lt,
+    "setp.gt.u32": operator.gt,
+}
+
+
+@pytest.mark.parametrize("opcode", EXPECTED)
+def test_integers(opcode):
+    operation = OPERATIONS[opcode]
+    a, b = pairs(*operation.operands)
+    with np.errstate(all="ignore"):
+        actual = operation.compute(a, b)
+    assert actual.dtype == NUMPY_TYPES[operation.result]
+    expected = map(EXPECTED[opcode], a.tolist(), b.tolist())
+    if operation.result == "pred":
+        assert actual.tolist() == list(expected)
+    else:
+        assert actual.tolist() == wrapped(expected, operation.result)
+
+
+def test_every_integer_operation_is_tested():
+    tested_elsewhere = {"prmt.b32", "setp.eq.f32", "selp.b32", "selp.b64", "selp.f32"}
+    integers = {name for name, op in OPERATIONS.items() if op.kind == "integer"}
+    assert integers == set(EXPECTED) | tested_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        (0x3210, 0x44332211),
+        (0x7654, 0x887766F5),
+        (0x5410, 0x66F52211),
+        (0x1010, 0x22112211),
+        (0x0123, 0x11223344),
+        (0xC8FE, 0xFF00FF00),  # signs of bytes 4, 0, 7 and 6
+    ],
+)
+def test_prmt(selector, expected):
+    a, b = np.uint32([0x44332211]), np.uint32([0x887766F5])
+    assert OPERATIONS["prmt.b32"].compute(a, b, np.uint32(selector))[0] == expected
+
+
+def test_nan_is_not_equal():
+    a = np.float32([1, np.nan, 0])
+    b = np.float32([1, np.nan, -0.0])
+    assert OPERATIONS["setp.eq.f32"].compute(a, b).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "value", "expected"),
+    [
+        ("cvt.u16.u32", 0xABCD1234, 0x1234),
+        ("cvt.u32.u16", 0xFFFF, 0xFFFF),
+        ("cvt.u32.u64", 0x1_0000_0005, 5),
+        ("cvt.u64.u32", 0xFFFFFFFF, 0xFFFFFFFF),
+        ("cvt.s64.s32", -5, -5),
+        ("cvt.rn.f32.s32", 0x1000001, 0x1000000),
+        ("cvt.rn.f32.s32", 0x1000003, 0x1000004),
+        ("cvt.sat.f32.f32", -3.0, 0),
+        ("cvt.sat.f32.f32", 3.0, 1),
+    ],
+)
+def test_conversions(opcode, value, expected):
+    operation = OPERATIONS[opcode]
+    x = np.array([value], NUMPY_TYPES[operation.operands[0]])
+    result = operation.compute(x)
+    assert result[0] == expected
+    assert result.dtype == NUMPY_TYPES[operation.result]
+
+
+def test_registers_larger_than_the_type_that_is_loaded():
+    outcome = fixtures.run(
+        """ld.global.s32 %rd4, [%rd1];
+        shr.s64 %rd4, %rd4, 32;
+        cvt.u32.u64 %r6, %rd4;
+        st.global.u32 [%rd2], %r6;
+        ret;""",
+        data=np.array([-1, 1] * 32, np.int32),
+    )
+    assert outcome.out.tolist() == [-1, 0] * 32
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "add.ftz.f32 %f1, %f1, %f1;",
+        "add.sat.s32 %r6, %r6, %r6;",
+        "mad.lo.s32 %r6, %r6, %r6, %r6;",
+        "ld.global.ca.u32 %r6, [%rd1];",
+        "ld.volatile.global.u32 %r6, [%rd1];",
+        "ld.shared.cs.u32 %r6, [%r4];",
+        "ld.local.u32 %r6, [%rd1];",
+        "st.param.u32 [%rd1], %r6;",
+        "shfl.sync.down.b32 %r6, %r6, 1, 31, -1;",
+        "barrier.sync 0;",
+        "atom.global.add.u32 %r6, [%rd1], 1;",
+        "cvt.rz.f32.s32 %f1, %r6;",
+        "membar.gl;",
+    ],
+)
+def test_unknown_opcodes_are_named(unknown):
+    opcode = unknown.split()[0].rstrip(";")
+    with pytest.raises(UnsupportedError, match=opcode.replace(".", r"\.")):
+        fixtures.run(unknown + "ret;")
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        ".local .align 4 .b8 frame[16];",
+        "{ .reg .b32 t; }",
+        '.pragma "other";',
+        "mov.u32 %r6, %clock;",
+        "mov.u32 %r6, nowhere;",
+    ],
+)
+def test_unknown_declarations_and_operands_are_named(unknown):
+    with pytest.raises(UnsupportedError):
+        fixtures.run(unknown + "ret;")
+
+
+def test_unknown_directive_of_the_module():
+    with pytest.raises(UnsupportedError, match="const"):
+        parse(".version 9.0\n.const .b8 table[4];\n")
+
+
+@pytest.mark.usefixtures("built")
+def test_the_table_holds_no_opcode_that_the_kernels_do_not_use():
+    used = {i.opcode for kernel in module.kernels().values() for i in kernel.code}
+    assert set(OPERATIONS) <= used
+    assert set(CONTROL) - used <= {"bar.warp.sync"}  # kept for what the detectors say
+
+
+@pytest.mark.usefixtures("built")
+def test_every_instruction_has_a_class():
+    for kernel in module.kernels().values():
+        Program(kernel)
+        for instruction in kernel.code:
+            assert class_of(instruction)
+            access = memory_access(instruction)
+            assert access is None or access.width <= 16
