@@ -48,7 +48,7 @@ except ImportError as error:
 print(jnp.ones(3).sum())
 """
     result = run(code, tmp_path)
-    said = result.stdout + result.stderr
+    said = f"{result.stdout}{result.stderr}exit {result.returncode}"
     assert f"jax_gdn.{module} was built with XLA FFI 0.99, but jaxlib" in said, said
     assert "Upgrade jaxlib, or rebuild jax_gdn" in said
     assert result.stdout.endswith("3.0\n"), said
