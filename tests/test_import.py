@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-X", "faulthandler", "-c", code],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -32,7 +32,7 @@ def test_newer_handlers_are_held_back(module, tmp_path):
     """A clear ImportError, and a JAX that still works."""
     code = f"""
 import importlib.util, sys, types
-from pathlib import Path
+import jax.numpy as jnp
 spec = importlib.util.find_spec("jax_gdn")
 package = types.ModuleType("jax_gdn")
 package.__path__ = list(spec.submodule_search_locations)
@@ -40,7 +40,6 @@ sys.modules["jax_gdn"] = package
 native = importlib.import_module("jax_gdn.{module}")
 native.FFI_API_VERSION = (0, 99)
 del sys.modules["jax_gdn"]
-import jax.numpy as jnp
 try:
     import jax_gdn
 except ImportError as error:
