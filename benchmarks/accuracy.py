@@ -37,7 +37,12 @@ def errors() -> list[dict]:
     rows = []
     forms = itertools.product(LAYOUTS, DTYPES, (False, True), (1, 2, 5, 33))
     for layout, state, per_channel, T in forms:
-        form = {"layout": layout, "state": state, "per_channel": per_channel, "T": T}
+        form: dict = {
+            "layout": layout,
+            "state": state,
+            "per_channel": per_channel,
+            "T": T,
+        }
         row: dict = dict(form)
         for K in SIZES:
             case = Case(**form, **F32, K=K, V=64, B=1)

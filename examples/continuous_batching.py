@@ -5,6 +5,7 @@ output is bitwise what it is when decoded alone.
 """
 
 import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ BATCH, SLOTS, H, HV, K, V = 4, 6, 2, 4, 64, 64
 A_log, dt_bias = jnp.zeros(HV), jnp.zeros(HV)
 
 
-def tokens(request: int, length: int) -> dict[str, jax.Array]:
+def tokens(request: int, length: int) -> dict[str, Any]:
     """Stands for a request's q, k, v, a, b, one row a token."""
     keys = jax.random.split(jax.random.key(request), 5)
     shapes = {"q": (H, K), "k": (H, K), "v": (HV, V), "a": (HV,), "b": (HV,)}
@@ -38,7 +39,7 @@ decode_step = jax.jit(step, donate_argnums=0)
 reset_slot = jax.jit(lambda pool, slot: pool.at[slot].set(0), donate_argnums=0)
 
 
-def serve(requests: dict[int, dict[str, jax.Array]]) -> dict[int, list[np.ndarray]]:
+def serve(requests: dict[int, dict[str, Any]]) -> dict[int, list[np.ndarray]]:
     pool = jnp.zeros((SLOTS, HV, K, V))
     waiting = collections.deque(requests)
     free = list(range(SLOTS))
@@ -70,7 +71,7 @@ def serve(requests: dict[int, dict[str, jax.Array]]) -> dict[int, list[np.ndarra
     return outputs
 
 
-def alone(inputs: dict[str, jax.Array]) -> list[np.ndarray]:
+def alone(inputs: dict[str, Any]) -> list[np.ndarray]:
     state, outputs = jnp.zeros((1, HV, K, V)), []
     for t in range(len(inputs["q"])):
         token = {name: x[t : t + 1] for name, x in inputs.items()}

@@ -5,6 +5,8 @@ draft are accepted, the next call reads the slot after the last of them: no copy
 recomputation. Outputs are bitwise those of decoding token by token.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ B, T, H, HV, K, V, LENGTH = 3, 4, 2, 4, 64, 64, 24
 A_log, dt_bias = jnp.zeros(HV), jnp.zeros(HV)
 
 
-def sequence(key, length: int) -> dict[str, jax.Array]:
+def sequence(key, length: int) -> dict[str, Any]:
     keys = jax.random.split(key, 5)
     shapes = {"q": (H, K), "k": (H, K), "v": (HV, V), "a": (HV,), "b": (HV,)}
     return {

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 _FLOAT32 = ("float32",)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -47,8 +48,8 @@ def _shape_text(axes: list[str], sizes: dict[str, int]) -> str:
     return letters if known == letters else f"{letters} = {known}"
 
 
-def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> None:
-    """Raises unless the arrays, by argument name, fit the table and each other."""
+def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Array]:
+    """Returns the arrays, by argument name, if they fit the table and each other."""
     sizes: dict[str, int] = {}
     for name, x in arrays.items():
         axes = _axes_of(name, arrays, state_layout)
@@ -79,6 +80,7 @@ def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> None:
             "jax_gdn.decode: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
         )
+    return dict(arrays)
 
 
 def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:

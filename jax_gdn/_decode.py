@@ -122,12 +122,11 @@ def _decode(
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
     check_settings(scale, use_qk_l2norm, state_layout, implementation)
-    given = {
-        name: x
-        for name, x in zip(REQUIRED + OPTIONAL, arrays, strict=True)
-        if name in REQUIRED or x is not None
-    }
-    check_arrays(given, state_layout)
+    named = zip(REQUIRED + OPTIONAL, arrays, strict=True)
+    given = check_arrays(
+        {name: x for name, x in named if name in REQUIRED or x is not None},
+        state_layout,
+    )
     K = given["q"].shape[-1]
     settings = Settings(
         operands=tuple(given),

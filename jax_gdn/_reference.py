@@ -45,7 +45,7 @@ def reference_decode(
     S = S if state_layout == "KV" else S.mT
 
     def step(S, token):
-        out, S = _decode_token(S, *token, A_log, dt_bias, use_qk_l2norm)
+        out, S = _decode_token(S, token, A_log, dt_bias, use_qk_l2norm)
         return S, (factor * out, S if write.ndim == 2 else None)
 
     tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in (q, k, v, a, b)]
@@ -56,8 +56,9 @@ def reference_decode(
     return out.astype(q.dtype if output is None else output.dtype), state
 
 
-def _decode_token(S, q, k, v, a, b, A_log, dt_bias, use_qk_l2norm):
+def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
     """The formula: q, k [B, H, K], v [B, HV, V], a, b [B, HV], S [B, HV, K, V]."""
+    q, k, v, a, b = token
     if use_qk_l2norm:
         q, k = (x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in (q, k))
     q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))

@@ -143,3 +143,23 @@ def test_lowered_for_cuda(program):
     assert text.count(f"@{TARGET}") == 1  # one function, called by every layer
     assert "output_tuple_indices = [1], operand_index = 3" in text
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
+
+
+def test_captured_into_cuda_graphs(gpu):
+    """Twelve layers as XLA's command buffers: same bits, same buffers."""
+    states, rest = jax.device_put(arguments(layers), gpu)
+    expected, _ = jax.jit(layers)(*jax.jit(layers)(states, rest)[:1], rest)
+    captured = jax.jit(
+        layers,
+        donate_argnums=0,
+        compiler_options={
+            "xla_gpu_enable_command_buffer": "CUSTOM_CALL",
+            "xla_gpu_graph_min_graph_size": 1,
+        },
+    )
+    where = {name: x.unsafe_buffer_pointer() for name, x in states.items()}
+    for _ in range(2):
+        states, _ = captured(states, rest)
+    for name, state in states.items():
+        assert state.unsafe_buffer_pointer() == where[name]
+        np.testing.assert_array_equal(np.asarray(state), np.asarray(expected[name]))
