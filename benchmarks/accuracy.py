@@ -71,7 +71,7 @@ def drift() -> list[dict]:
         now, exact = jnp.asarray(first["state"]), first["state"].astype(np.float64)
         row: dict = {"state": state}
         for n in range(1, 1001):
-            rest = Case(**{**case.__dict__, "seed": n}).inputs()
+            rest: dict = Case(**{**case.__dict__, "seed": n}).inputs()
             rest |= {"A_log": first["A_log"], "dt_bias": first["dt_bias"]}
             del rest["state"]
             _, now = step(now, rest)
@@ -125,7 +125,7 @@ def _text(value) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=["errors", "drift", "tokens"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
