@@ -23,8 +23,8 @@ DESCRIPTION = Path(__file__).parent / "h100.txtpb"
 
 # What may stand beside the call: names for buffers, no work on the device.
 FREE = {"parameter", "custom-call", "get-tuple-element", "tuple", "bitcast", "constant"}
-# A loop's own counter is work, of four bytes.
-LOOP = FREE | {"while", "add", "compare", "fusion", "copy"}
+# A loop counts in four bytes, and stacks what each step puts out.
+LOOP = FREE | {"while", "add", "compare", "fusion", "copy", "dynamic-update-slice"}
 
 
 @pytest.fixture(scope="module")
