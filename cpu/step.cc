@@ -31,12 +31,15 @@ template <DType kFrom, int32_t kRows>
 inline void AddRowBlock(const void* state, int32_t row, const float* q, const float* k,
                         int32_t V, float* p, float* r) {
   const int64_t first = int64_t{row} * V;
+  // Copies, which no store below can be thought to change.
+  float q_rows[kRows], k_rows[kRows];
+  for (int32_t i = 0; i < kRows; ++i) q_rows[i] = q[row + i], k_rows[i] = k[row + i];
   int32_t j = 0;
   for (; j + kLanes <= V; j += kLanes) {
-    AddRows<kFrom, kLanes, kRows>(state, first + j, q + row, k + row, V, p + j, r + j);
+    AddRows<kFrom, kLanes, kRows>(state, first + j, q_rows, k_rows, V, p + j, r + j);
   }
   for (; j < V; ++j) {
-    AddRows<kFrom, 1, kRows>(state, first + j, q + row, k + row, V, p + j, r + j);
+    AddRows<kFrom, 1, kRows>(state, first + j, q_rows, k_rows, V, p + j, r + j);
   }
 }
 
@@ -51,7 +54,8 @@ inline void UpdateColumns(const void* from, void* to, int64_t at, float decay, f
 // Two passes: the first brings the state into the core's own cache, with the sums over
 // K; the second writes from there.
 template <DType kFrom, DType kTo>
-void StepKV(const void* from, void* to, const Token& x, int32_t K, int32_t V) {
+void StepKV(const void* from, void* to, const Token& token, int32_t K, int32_t V) {
+  const Token x = token;  // a copy, which no store below can be thought to change
   for (int32_t j = 0; j < V; ++j) x.p[j] = x.out[j] = 0.0f;
   int32_t i = 0;
   for (; i + kRowsAtOnce <= K; i += kRowsAtOnce) {
@@ -67,12 +71,13 @@ void StepKV(const void* from, void* to, const Token& x, int32_t K, int32_t V) {
   if (to == nullptr) return;
   for (i = 0; i < K; ++i) {
     const int64_t row = int64_t{i} * V;
+    const float decay = x.decay[i], k = x.k[i];
     int32_t j = 0;
     for (; j + kLanes <= V; j += kLanes) {
-      UpdateColumns<kFrom, kTo, kLanes>(from, to, row + j, x.decay[i], x.k[i], x.u + j);
+      UpdateColumns<kFrom, kTo, kLanes>(from, to, row + j, decay, k, x.u + j);
     }
     for (; j < V; ++j) {
-      UpdateColumns<kFrom, kTo, 1>(from, to, row + j, x.decay[i], x.k[i], x.u + j);
+      UpdateColumns<kFrom, kTo, 1>(from, to, row + j, decay, k, x.u + j);
     }
   }
 }
@@ -89,7 +94,8 @@ inline float SumLanes(Lanes<kLanes>::F x) {
 
 // One pass: a row of K holds all that its own update needs.
 template <DType kFrom, DType kTo>
-void StepVK(const void* from, void* to, const Token& x, int32_t K, int32_t V) {
+void StepVK(const void* from, void* to, const Token& token, int32_t K, int32_t V) {
+  const Token x = token;  // as in StepKV
   constexpr DType kFloat = DType::kFloat32;
   for (int32_t j = 0; j < V; ++j) {
     const int64_t row = int64_t{j} * K;
