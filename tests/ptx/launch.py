@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ptx.program import Program
 # bits does not go unnoticed.
 FIRST_ADDRESS = 0x7F00_0000_0000
 SPACING = 5 << 30
+LAYOUTS = ("KV", "VK")  # by the number that the library gives them
 
 
 @dataclasses.dataclass
@@ -36,18 +37,34 @@ def shipped(symbol: str) -> Program:
     return Program(module.kernels()[symbol])
 
 
-def plan_decode(operands, *, scale: float, use_qk_l2norm=True, VT=None) -> dict:
+def plan_decode(
+    operands, *, scale: float, use_qk_l2norm=True, state_layout="KV", VT=None
+) -> dict:
     """Asks the library for a launch; operands are (address, dtype, shape) by name."""
     from jax_gdn import _cuda
 
-    return _cuda.plan(operands, scale, use_qk_l2norm, VT)
+    layout = LAYOUTS.index(state_layout)
+    return _cuda.plan(operands, scale, use_qk_l2norm, layout, VT)
+
+
+def touched_slots(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Which slots of the state a call reads and which it writes, as two masks."""
+    B, N = len(inputs["q"]), len(inputs["state"])
+    reads = np.asarray(inputs.get("state_indices", np.arange(B)))
+    writes = np.asarray(inputs.get("output_state_indices", reads))
+    live = (reads >= 0) & (reads < N)
+    written = writes[live]
+    masks = np.zeros((2, N), bool)
+    masks[0, reads[live]] = True
+    masks[1, written[(written >= 0) & (written < N)]] = True
+    return masks[0], masks[1]
 
 
 def run_plan(
     plan: dict,
     buffers: list[Buffer],
     *,
-    written: tuple[str, ...] = (),
+    written: Mapping[str, np.ndarray] | None = None,
     program: Program | None = None,
     approximate_by: float = 0,
     blocks: range | None = None,
@@ -57,7 +74,8 @@ def run_plan(
     Args:
       plan: Symbol, grid, block, shared_bytes and arguments.
       buffers: What lies where. One may be a window into the operand it is named for.
-      written: Names of buffers that the launch must write whole.
+      written: By name of a buffer, which of its rows (of the first axis) the launch
+        must write whole. It must write no other row, and no other buffer.
       program: Runs this instead of the shipped kernel of that symbol.
       approximate_by: What `machine.run` takes.
       blocks: Likewise.
@@ -76,14 +94,9 @@ def run_plan(
         approximate_by,
         blocks,
     )
-    for buffer in buffers:
-        mask = memory.written(buffer.name)
-        if buffer.name in written and not mask.all():
-            raise launch.fault(
-                fault.UNWRITTEN,
-                f"{buffer.name}, {np.count_nonzero(~mask)} of {len(mask)} bytes",
-                address=buffer.address + int(np.argmin(mask)),
-            )
+    if written is not None:
+        for buffer in buffers:
+            _check_written(launch, memory, buffer, written.get(buffer.name))
     after = {
         buffer.name: memory.contents(buffer.name)
         .view(buffer.data.dtype)
@@ -93,31 +106,58 @@ def run_plan(
     return Result(after, counters, plan, program)
 
 
+def _check_written(
+    launch: Launch, memory: GlobalMemory, buffer: Buffer, rows: np.ndarray | None
+) -> None:
+    """Raises unless exactly these rows of a buffer were written, each whole."""
+    mask = memory.written(buffer.name)
+    rows = np.zeros(1, bool) if rows is None else rows
+    expected = np.repeat(rows, len(mask) // max(1, len(rows)))
+    for kind, wrong in (
+        (fault.UNWRITTEN, expected & ~mask),
+        (fault.UNADDRESSED, mask & ~expected),
+    ):
+        if wrong.any():
+            raise launch.fault(
+                kind,
+                f"{buffer.name}, {np.count_nonzero(wrong)} of {len(mask)} bytes",
+                address=buffer.address + int(np.argmax(wrong)),
+            )
+
+
 def decode(
     inputs: dict[str, np.ndarray],
     *,
     scale: float | None = None,
     use_qk_l2norm: bool = True,
+    state_layout: str = "KV",
     out_dtype: np.dtype | None = None,
     VT: int | None = None,
     edit: Callable[[str], str] | None = None,
     edit_plan: Callable[[dict], dict] = lambda plan: plan,
     approximate_by: float = 0,
 ) -> Result:
-    """One `jax_gdn.decode` on the machine.
+    """One `jax_gdn.decode` on the machine; `inputs` may hold slots.
 
-    `edit` changes the kernel's PTX and `edit_plan` its launch, to plant defects.
+    Slots that the call does not read hold nothing, as far as the machine knows; those
+    that it does not write must stay unwritten. `edit` changes the kernel's PTX and
+    `edit_plan` its launch, to plant defects.
     """
     arrays = dict(inputs)
     arrays["out"] = np.zeros(inputs["v"].shape, out_dtype or inputs["q"].dtype)
+    read, written = touched_slots(inputs)
+    initialised = {"out": False, "state": read}
     buffers = [
-        Buffer(name, FIRST_ADDRESS + number * SPACING, array, name != "out")
+        Buffer(
+            name, FIRST_ADDRESS + number * SPACING, array, initialised.get(name, True)
+        )
         for number, (name, array) in enumerate(arrays.items())
     ]
     plan = plan_decode(
         {b.name: (b.address, str(b.data.dtype), list(b.data.shape)) for b in buffers},
         scale=inputs["q"].shape[-1] ** -0.5 if scale is None else scale,
         use_qk_l2norm=use_qk_l2norm,
+        state_layout=state_layout,
         VT=VT,
     )
     program = None
@@ -127,7 +167,7 @@ def decode(
     return run_plan(
         edit_plan(plan),
         buffers,
-        written=("out", "state"),
+        written={"out": np.ones(len(inputs["q"]), bool), "state": written},
         program=program,
         approximate_by=approximate_by,
     )

@@ -19,10 +19,10 @@ from ptx.counters import Counters
 from ptx.lanes import WARP, Lanes, Launch, Site
 from ptx.memory import GlobalMemory, SharedMemory
 from ptx.parser import Instruction, Vector
-from ptx.program import Program, unknown
+from ptx.program import SHUFFLES, Program, unknown
 
 BATCH_THREADS = 8192  # together; more fall out of the cache
-WAITING = ("bar.sync", "bar.warp.sync", "shfl.sync.bfly.b32")  # count when they pass
+WAITING = ("bar.sync", "bar.warp.sync", *SHUFFLES)  # count when they pass
 MAX_STEPS = 1_000_000  # of a batch, before it is taken for endless
 FULL_MASK = 0xFFFFFFFF
 
@@ -97,7 +97,7 @@ class Batch:
             "ret": lambda pc, lanes: None,
             "bar.sync": self._barrier,
             "bar.warp.sync": self._warp_barrier,
-            "shfl.sync.bfly.b32": self._shuffle,
+            **dict.fromkeys(SHUFFLES, self._shuffle),
         }
 
     def _special(self, first_block: int) -> dict[str, np.ndarray]:
@@ -308,7 +308,7 @@ class Batch:
             self.shared.warp_barrier(met.first_of_warp // WARP)
 
     def _shuffle(self, pc: int, lanes: Lanes) -> None:
-        """shfl.sync.bfly: each lane takes the value of lane ^ b, within its segment."""
+        """Each lane takes the value of lane ^ b (bfly) or b (idx) of its segment."""
         target, value, offset, clamp, mask = self.code[pc].operands
         met = self._meet(pc, lanes, mask)
         if met is None:
@@ -324,7 +324,11 @@ class Batch:
         lane = lanes.lane.astype(np.uint32)
         segment = (clamp >> np.uint32(8)) & np.uint32(31)
         last = (lane & segment) | (clamp & np.uint32(31) & ~segment)
-        source = lane ^ (offset & np.uint32(31))
+        offset &= np.uint32(31)
+        if self.code[pc].opcode == "shfl.sync.idx.b32":
+            source = (lane & segment) | (offset & ~segment)
+        else:
+            source = lane ^ offset
         in_range = source <= last
         source = np.where(in_range, source, lane)
         present = lanes.by_warp(np.ones(len(lanes), bool), False)

@@ -49,12 +49,16 @@ def _descending(index: np.ndarray, values: np.ndarray, into: np.ndarray) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """An operand: `data` as bytes, at an address. Results hold nothing at first."""
+    """An operand: `data` as bytes, at an address.
+
+    Results hold nothing at first; of a pool, only the rows (of the first axis) that
+    `is_initialised` names do.
+    """
 
     name: str
     address: int
     data: np.ndarray
-    is_initialised: bool = True
+    is_initialised: bool | np.ndarray = True
 
 
 class GlobalMemory:
@@ -77,7 +81,10 @@ class GlobalMemory:
         self.initialised = np.zeros(self.bases[-1], bool)
         for buffer, place, size in zip(self.buffers, self.places, sizes, strict=True):
             self.arena[place : place + size] = buffer.data.reshape(-1).view(np.uint8)
-            self.initialised[place : place + size] = buffer.is_initialised
+            known = np.atleast_1d(buffer.is_initialised)
+            self.initialised[place : place + size] = np.repeat(
+                known, size // max(1, len(known))
+            )
         granules = self.bases[-1] // granule
         self.writer = np.full(granules, NOBODY, np.int32)
         self.last_reader = np.full(granules, NOBODY, np.int32)

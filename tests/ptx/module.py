@@ -23,6 +23,51 @@ class Resources:
     shared_bytes: int  # static, and 1 KiB that the system reserves
 
 
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """A kernel that ships, by what its symbol says of it."""
+
+    symbol: str
+    layout: str  # as Python names it
+    state: str  # dtype, likewise
+    K: int
+    VT: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one value of the state."""
+        return 4 if self.state == "float32" else 2
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 2 * self.VT if self.layout == "KV" else 32
+
+    @property
+    def accesses(self) -> int:
+        """Of 16 bytes, with which a thread reads its part of the state."""
+        return self.K * self.VT * self.item_bytes // (16 * self.threads)
+
+
+def instance_of(symbol: str) -> Instance:
+    """Reads a symbol."""
+    match = re.fullmatch(r"gdn_decode_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)", symbol)
+    if match is None:
+        raise ValueError(f"a symbol that says nothing: {symbol}")
+    layout, state, K, VT = match.groups()
+    states = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+    return Instance(symbol, layout.upper(), states[state], int(K), int(VT))
+
+
+def instances() -> list[Instance]:
+    """All that the library may launch; none where it was built without CUDA."""
+    if why_missing():
+        return []
+    from jax_gdn import _cuda
+
+    return [instance_of(symbol) for symbol in _cuda.kernel_symbols()]
+
+
 def find_cuobjdump() -> pathlib.Path | None:
     """The tool of the PyPI wheel `nvidia-cuda-cuobjdump`, else the one on PATH."""
     spec = importlib.util.find_spec("nvidia")
@@ -57,28 +102,35 @@ def _dump(option: str) -> str:
 
 
 @functools.cache
-def ptx() -> str:
-    """The PTX text that ships."""
-    text = _dump("-ptx")
-    if text.count(".version") != 1:
-        raise ValueError("expected one PTX module in _cuda")
-    return text[text.index(".version") :].partition("\nFatbin")[0]
+def modules() -> tuple[str, ...]:
+    """The PTX that ships: one text a source file."""
+    found = (
+        text[text.index(".version") :]
+        for text in _dump("-ptx").split("\nFatbin")
+        if ".version" in text
+    )
+    return tuple(found)
 
 
 @functools.cache
 def kernels() -> dict[str, Kernel]:
     """The kernels of the PTX that ships, by symbol."""
-    return parse(ptx())
+    found: dict[str, Kernel] = {}
+    for text in modules():
+        more = parse(text)
+        if twice := found.keys() & more.keys():
+            raise ValueError(f"in two modules of _cuda: {twice}")
+        found |= more
+    return found
 
 
 def entry_text(symbol: str) -> str:
     """The PTX of one kernel alone, to be edited and parsed again."""
-    match = re.search(
-        rf"^\.visible \.entry {symbol}\(.*?^\}}$", ptx(), re.MULTILINE | re.DOTALL
-    )
-    if match is None:
-        raise KeyError(symbol)
-    return match[0]
+    for text in modules():
+        start = text.find(f".visible .entry {symbol}(")
+        if start >= 0:
+            return text[start : text.index("\n}\n", start) + 3]
+    raise KeyError(symbol)
 
 
 @functools.cache

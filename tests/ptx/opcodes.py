@@ -69,12 +69,26 @@ def _multiply_high(a, b):
 
 
 def _multiply_wide(a, b):
-    return a.astype(np.int64) * b.astype(np.int64)
+    wide = f"{a.dtype.kind}8"
+    return a.astype(wide) * b.astype(wide)
+
+
+def _multiply_add(a, b, c):
+    return a * b + c
 
 
 def _convert(result: str) -> Callable[[np.ndarray], np.ndarray]:
     """Integers: sign or zero extension by the operand's type, or truncation."""
     return lambda a: a.astype(NUMPY_TYPES[result])
+
+
+def _pair(rounded) -> Callable:
+    """Two rounded values in one register, the first in its upper half."""
+
+    def compute(a, b):
+        return rounded(a).astype(np.uint32) << np.uint32(16) | rounded(b)
+
+    return compute
 
 
 def _select(a, b, predicate):
@@ -126,17 +140,28 @@ OPERATIONS: dict[str, Operation] = dict(
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
         *(_integer(name, operator.sub) for name in ("sub.s32",)),
         *(_integer(name, operator.mul) for name in ("mul.lo.s64",)),
-        *(_integer(name, operator.and_) for name in ("and.b32", "and.b64")),
-        *(_integer(name, operator.or_) for name in ("or.b32", "or.b64")),
+        *(_integer(name, operator.and_) for name in ("and.b32", "and.b64", "and.pred")),
+        *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),
+        _integer("xor.b32", operator.xor),
+        ("not.pred", Operation("pred", ("pred",), operator.invert, "integer")),
+        ("mad.lo.s32", Operation("s32", ("s32",) * 3, _multiply_add, "integer")),
         *(_shift(name, _shift_left) for name in ("shl.b32", "shl.b64")),
-        *(_shift(name, _shift_right) for name in ("shr.u32", "shr.u64", "shr.s64")),
+        *(
+            _shift(name, _shift_right)
+            for name in ("shr.u32", "shr.u64", "shr.s32", "shr.s64")
+        ),
         _integer("mul.hi.u32", _multiply_high),
         ("mul.wide.s32", Operation("s64", ("s32", "s32"), _multiply_wide, "integer")),
+        ("mul.wide.u32", Operation("u64", ("u32", "u32"), _multiply_wide, "integer")),
         ("prmt.b32", Operation("b32", ("b32",) * 3, _permute_bytes, "integer")),
-        *(_compare(f"setp.eq.{kind}", operator.eq) for kind in ("s16", "s32", "f32")),
-        _compare("setp.ne.s32", operator.ne),
-        *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32")),
-        _compare("setp.gt.u32", operator.gt),
+        *(
+            _compare(f"setp.eq.{kind}", operator.eq)
+            for kind in ("s16", "s32", "s64", "f32")
+        ),
+        *(_compare(f"setp.ne.{kind}", operator.ne) for kind in ("s16", "s32", "s64")),
+        *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32", "s64")),
+        *(_compare(f"setp.gt.{kind}", operator.gt) for kind in ("s32", "u32", "s64")),
+        _compare("setp.ge.s64", operator.ge),
         *(
             (f"selp.{kind}", Operation(kind, (kind, kind, "pred"), _select, "integer"))
             for kind in ("b32", "b64", "f32")
@@ -149,7 +174,12 @@ OPERATIONS: dict[str, Operation] = dict(
         _conversion("cvt.rn.f32.s32"),
         _conversion("cvt.sat.f32.f32", floats.saturate),
         _conversion("cvt.f32.f16", floats.from_float16),
-        _conversion("cvt.rn.f16.f32", floats.to_float16),
-        _conversion("cvt.rn.bf16.f32", floats.to_bfloat16),
+        *(
+            (name, Operation("b32", ("f32", "f32"), _pair(rounded), "conversion"))
+            for name, rounded in (
+                ("cvt.rn.f16x2.f32", floats.to_float16),
+                ("cvt.rn.bf16x2.f32", floats.to_bfloat16),
+            )
+        ),
     ]
 )

@@ -41,7 +41,10 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
     "mov": "move",
     "cvta": "move",
 }
-CONTROL = ("bra", "bra.uni", "ret", "bar.sync", "bar.warp.sync", "shfl.sync.bfly.b32")
+SHUFFLES = ("shfl.sync.bfly.b32", "shfl.sync.idx.b32")
+CONTROL = ("bra", "bra.uni", "ret", "bar.sync", "bar.warp.sync", *SHUFFLES)
+
+MOVES = ("mov.u16", "mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32")
 
 Step = Callable  # (batch, lanes) -> None
 Getter = Callable  # (batch, lanes) -> array, or a scalar
@@ -171,11 +174,13 @@ class Compiler:
     def step(self, pc: int, instruction: Instruction) -> Step:
         """The step of any instruction that is not CONTROL."""
         opcode, operands = instruction.opcode, instruction.operands
+        if opcode.startswith("selp.") and opcode in OPERATIONS:
+            return self.select(instruction)
         if opcode in OPERATIONS:
             return self.arithmetic(instruction)
         if access := memory_access(instruction):
             return self.memory(pc, instruction, access)
-        if opcode in ("mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32"):
+        if opcode in MOVES:
             return self.move(operands, opcode.split(".")[1])
         if opcode == "cvta.to.global.u64":  # generic and global addresses agree
             return self.move(operands, "u64")
@@ -207,6 +212,23 @@ class Compiler:
         """Copies bits."""
         write, get = self.setter(operands[0]), self.getter(operands[1], kind)
         return lambda batch, lanes: write(batch, lanes, get(batch, lanes))
+
+    def select(self, instruction: Instruction) -> Step:
+        """selp: what it does not choose may hold nothing; nvcc writes such."""
+        kind = instruction.opcode.split(".")[1]
+        target, *sources, predicate = instruction.operands
+        write, chosen = self.setter(target), self.getter(predicate, "pred")
+        getters = [self.getter(source, kind) for source in sources]
+
+        def step(batch, lanes):
+            first = np.broadcast_to(chosen(batch, lanes), len(lanes))
+            if first.all() or not first.any():
+                write(batch, lanes, getters[0 if first.all() else 1](batch, lanes))
+            else:
+                values = [get(batch, lanes) for get in getters]
+                write(batch, lanes, np.where(first, *values))
+
+        return step
 
     def memory(self, pc: int, instruction: Instruction, access: Access) -> Step:
         """A load or store."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 
 import ml_dtypes
 import numpy as np
@@ -76,22 +75,23 @@ def resident_blocks(registers: int, threads: int, shared_bytes: int) -> int:
     return min(by_registers, SHARED_BYTES // shared, MAX_THREADS // threads, MAX_BLOCKS)
 
 
-def inputs(K: int, V: int) -> dict[str, np.ndarray]:
+def inputs(one: module.Instance, V: int) -> dict[str, np.ndarray]:
     """One state of a call with bfloat16 operands, the common case."""
     rng = np.random.default_rng(0)
 
-    def array(*shape, dtype=ml_dtypes.bfloat16):
+    def array(*shape, dtype: np.typing.DTypeLike = ml_dtypes.bfloat16):
         return rng.standard_normal(shape).astype(dtype)
 
-    f32 = np.float32
+    K = one.K
+    state = np.dtype(getattr(ml_dtypes, one.state, one.state))
     return {
         "q": array(1, 1, 1, K),
         "k": array(1, 1, 1, K),
         "v": array(1, 1, 1, V),
-        "state": array(1, 1, K, V, dtype=f32),
-        "A_log": array(1, dtype=f32),
+        "state": array(1, 1, *((K, V) if one.layout == "KV" else (V, K)), dtype=state),
+        "A_log": array(1, dtype=np.float32),
         "a": array(1, 1, 1),
-        "dt_bias": array(1, dtype=f32),
+        "dt_bias": array(1, dtype=np.float32),
         "b": array(1, 1, 1),
     }
 
@@ -105,52 +105,51 @@ def instructions(result: launch.Result) -> collections.Counter:
     return counts
 
 
-def late_loads(symbol: str) -> int:
-    """16-byte loads that the machine code issues after it has waited for a load."""
-    code = module.sass()[symbol]
-    wait = sass.first_wait(code)
-    return sum(at > wait for at in sass.wide_loads(code))
-
-
 def measure(symbol: str) -> Row:
-    """Runs one block of an instance and adds up."""
-    K, VT = map(int, re.search(r"_k(\d+)_vt(\d+)$", symbol).groups())
-    result = launch.decode(inputs(K, VT), VT=VT)
+    """Runs an instance and adds up what one of its blocks costs."""
+    one = module.instance_of(symbol)
+    K, VT = one.K, one.VT
+    V = max(VT, 16)  # no smaller one is planned
+    blocks = V // VT
+    result = launch.decode(inputs(one, V), state_layout=one.layout, VT=VT)
     if result.plan["symbol"] != symbol:
         raise ValueError(f"planned {result.plan['symbol']}, not {symbol}")
     counters, threads = result.counters, result.plan["block"][0]
     resources = module.resources()[symbol]
     sectors = {
         name: sum(counters.distinct_sectors(name, write) for write in (False, True))
+        / blocks
         for name in counters.buffers
     }
     state = sectors.pop("state")
-    counts = instructions(result)
+    counts = {name: n / blocks for name, n in instructions(result).items()}
     issued = sum(n for name, n in counts.items() if name not in FOLDED)
     resident = resident_blocks(resources.registers, threads, resources.shared_bytes)
-    wavefronts = sum(t.wavefronts for t in counters.shared.values())
+    wavefronts = sum(t.wavefronts for t in counters.shared.values()) // blocks
     global_wavefronts = sum(
-        max(t.requests, -(-t.sectors * SECTOR // LSU_BYTES))
+        max(t.requests, -(-t.sectors * SECTOR // LSU_BYTES)) / blocks
         for t in counters.traffic.values()
     )
+    state_bytes = K * VT * one.item_bytes
     return Row(
         symbol=symbol,
         registers=resources.registers,
         spill_bytes=resources.local_bytes + resources.stack_bytes,
         shared_bytes=resources.shared_bytes - SHARED_RESERVED,
         resident_blocks=resident,
-        state_in_flight=resident * K * VT * 4,
-        state_sectors=state,
-        least_sectors=2 * K * VT * 4 // SECTOR,
+        state_in_flight=resident * state_bytes,
+        state_sectors=round(state),
+        least_sectors=2 * state_bytes // SECTOR,
         other_share=sum(sectors.values()) / state,
         wavefronts=wavefronts,
         conflicts=sum(t.conflicts for t in counters.shared.values()),
         per_element=issued * WARP / (K * VT),
-        late_loads=late_loads(symbol),
+        late_loads=sass.late_loads(module.sass()[symbol]),
         memory_cycles=(state + sum(sectors.values())) * SECTOR / BYTES_PER_CYCLE,
-        lsu_cycles=wavefronts + global_wavefronts + counts["shuffle"],
+        lsu_cycles=wavefronts + global_wavefronts + counts.get("shuffle", 0),
         arithmetic_cycles=max(
-            issued / ISSUE_RATE, *(counts[name] / rate for name, rate in RATES.items())
+            issued / ISSUE_RATE,
+            *(counts.get(name, 0) / rate for name, rate in RATES.items()),
         ),
     )
 
@@ -176,9 +175,10 @@ COLUMNS = {
 NOTES = f"""\
 Written by `python -m ptx.report` in tests/: counted by the PTX machine and read from
 what ptxas made for sm_90; nothing here was timed. One block of each instance, with
-bfloat16 operands and V = VT. Sectors have 32 bytes and are distinct for the block.
+bfloat16 operands, T = 1. Sectors have 32 bytes and are distinct for the block.
 
-Late loads are state loads that the machine code issues after it first waits for a load.
+Late loads are state loads that the machine code issues after it has waited for a load
+since the first of them.
 Wavefronts are those of shared memory, conflicts what bank conflicts add to them.
 Instructions are PTX, without moves and parameter loads, of a thread for each element of
 the state. Cycles are what one SM of an H200 needs for a block if all else is free:

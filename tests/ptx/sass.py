@@ -59,6 +59,17 @@ def first_wait(code: list[str], name: str = "LDG") -> int:
     return len(code)
 
 
+def late_loads(code: list[str]) -> int:
+    """16-byte loads issued after something has waited since the first of them.
+
+    What comes before the first is left out: a pool's slot has to arrive before any
+    address of the state is known.
+    """
+    loads = wide_loads(code)
+    wait = loads[0] + first_wait(code[loads[0] :])
+    return sum(at > wait for at in loads)
+
+
 def wide_loads(code: list[str]) -> list[int]:
     """Places of the 16-byte global loads."""
     return [at for at, text in enumerate(code) if is_wide(text, "LDG")]

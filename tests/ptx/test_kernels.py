@@ -11,9 +11,10 @@ from ptx import launch, module
 from ptx.memory import Buffer
 
 pytestmark = pytest.mark.usefixtures("built")
-TILES = (16, 32, 64)
-SIZES = (64, 128, 192, 256)
-INSTANCES = [(K, VT) for K in SIZES for VT in TILES]
+INSTANCES = module.instances()
+INSTANCE = pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.symbol)
+LAYOUTS = pytest.mark.parametrize("layout", ["KV", "VK"])
+STATES = pytest.mark.parametrize("state", DTYPES)
 GATES = [case for case in CASES if case.x is not None or case.b_value is not None]
 # V for which every tile is possible, and one state a block's K x V in a batch.
 SMALL = Case(B=2, H=1, HV=2, V=64)
@@ -21,11 +22,11 @@ SMALL = Case(B=2, H=1, HV=2, V=64)
 
 def run(case: Case, **options) -> launch.Result:
     options = {**case.settings, "out_dtype": case.out_dtype, **options}
-    return launch.decode(case.inputs(), **options)
+    return launch.decode(case.inputs() | case.slots, **options)
 
 
 def judge(case: Case, result: launch.Result) -> None:
-    out, state = decode64(**case.inputs(), **case.settings)
+    out, state = decode64(**case.inputs(), **case.slots, **case.settings)
     assert_close(result.arrays["state"], state, STATE_TOLERANCE, "state")
     assert_close(result.arrays["out"], out, OUT_TOLERANCE, "out")
 
@@ -35,13 +36,22 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
     assert a.tobytes() == b.tobytes()
 
 
-def test_these_are_all_instances():
-    from jax_gdn import _cuda
+def of_instance(one: module.Instance, **changes) -> Case:
+    sizes = {"K": one.K, "layout": one.layout, "state": one.state}
+    return dataclasses.replace(SMALL, **{**sizes, **changes})
 
-    planned = set()
-    for K, VT in INSTANCES:
-        planned.add(run(dataclasses.replace(SMALL, K=K, B=1), VT=VT).plan["symbol"])
-    assert planned == set(_cuda.kernel_symbols()) == set(module.kernels())
+
+def tiles(case: Case) -> list[int]:
+    """What the planner may choose for a call."""
+    wanted = (case.layout, case.state, case.K)
+    found = (o.VT for o in INSTANCES if (o.layout, o.state, o.K) == wanted)
+    return [VT for VT in found if case.V % VT == 0]
+
+
+def test_these_are_all_instances():
+    symbols = {one.symbol for one in INSTANCES}
+    assert len(symbols) == 60
+    assert symbols == set(module.kernels())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -55,37 +65,56 @@ def test_float64_whatever_approx_instructions_answer(case, approximate_by):
     judge(case, run(case, approximate_by=approximate_by))
 
 
-@pytest.mark.parametrize(("K", "VT"), INSTANCES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instance(K, VT, dtype):
-    names = ("q", "k", "v", "a", "b", "dt_bias")
-    case = dataclasses.replace(SMALL, K=K, **dict.fromkeys(names, dtype))
-    judge(case, run(case, VT=VT))
+@INSTANCE
+def test_every_instance(one):
+    """Each with several tokens, a decay a channel, a pool and snapshots."""
+    slots = {"N": 6, "reads": (4, -1), "writes": ((1, 4), (2, 3))}
+    for case in (of_instance(one), of_instance(one, T=2, per_channel=True, **slots)):
+        result = run(case, VT=one.VT)
+        assert result.plan["symbol"] == one.symbol
+        judge(case, result)
 
 
-@pytest.mark.parametrize("K", SIZES)
-def test_every_tile_and_every_run_has_the_same_bits(K):
-    case = dataclasses.replace(SMALL, K=K, **F32)
-    first = run(case, VT=16)
-    for VT in (16, 32, 64):
+@LAYOUTS
+@STATES
+@pytest.mark.parametrize("K", [64, 128, 192, 256])
+def test_every_tile_and_every_run_has_the_same_bits(layout, state, K):
+    case = dataclasses.replace(SMALL, K=K, T=2, layout=layout, state=state, **F32)
+    found = tiles(case)
+    assert len(found) > 1
+    first = run(case, VT=found[0])
+    for VT in found:
         again = run(case, VT=VT)
         for name in ("out", "state"):
             assert_same_bits(again.arrays[name], first.arrays[name])
 
 
-@pytest.mark.parametrize("VT", TILES)
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(VT):
-    case = Case(B=5, H=1, HV=3, V=64, **F32)
+@LAYOUTS
+@STATES
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(layout, state):
+    case = Case(B=5, T=2, H=1, HV=3, V=64, layout=layout, state=state, **F32)
     inputs, per_head = case.inputs(), ("A_log", "dt_bias")
-    batch = run(case, VT=VT)
-    for row in range(case.B):
-        alone = launch.decode(
-            {n: x if n in per_head else x[row : row + 1] for n, x in inputs.items()},
-            out_dtype=case.out_dtype,
-            VT=VT,
-        )
-        for name in ("out", "state"):
-            assert_same_bits(alone.arrays[name][0], batch.arrays[name][row])
+    for VT in tiles(case):
+        batch = run(case, VT=VT)
+        for row in range(case.B):
+            own = {n: x if n in per_head else x[[row]] for n, x in inputs.items()}
+            alone = launch.decode(own, **case.settings, VT=VT)
+            for name in ("out", "state"):
+                assert_same_bits(alone.arrays[name][0], batch.arrays[name][row])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_four_calls_have_the_bits_of_one(layout, per_channel):
+    case = Case(B=2, T=4, H=1, HV=2, V=32, layout=layout, per_channel=per_channel)
+    one, state = run(case), case.inputs()["state"]
+    for t in range(case.T):
+        step = {n: x[:, [t]] for n, x in case.inputs().items() if n in "qkvab"}
+        call = {**case.inputs(), **step, "state": state}
+        result = launch.decode(call, **case.settings)
+        assert_same_bits(result.arrays["out"][:, 0], one.arrays["out"][:, t])
+        state = result.arrays["state"]
+    assert_same_bits(state, one.arrays["state"])
 
 
 def test_nan_stays_in_its_row():
@@ -101,28 +130,24 @@ def test_nan_stays_in_its_row():
                 assert_same_bits(result.arrays[array][row], clean.arrays[array][row])
 
 
-@pytest.mark.parametrize("VT", TILES)
-def test_offsets_beyond_32_bits(VT):
-    """The last row of a batch whose state has 2**32 elements and more."""
-    B = 65535
-    case = Case(B=1, H=2, HV=10, V=64)
-    inputs, per_head = case.inputs(), ("A_log", "dt_bias")
+@INSTANCE
+def test_offsets_beyond_32_bits(one):
+    """One slot of a pool of more than 2**32 elements, with nothing else behind it."""
+    N, slot = 1 << 20, (1 << 20) - 2
+    case = of_instance(one, B=1)
+    inputs = case.inputs() | {"state_indices": np.array([slot], np.int32)}
     arrays = {**inputs, "out": np.zeros(inputs["v"].shape, case.out_dtype)}
     operands, buffers = {}, []
     for number, (name, array) in enumerate(arrays.items()):
-        # 1 TiB apart, each a window on the last row.
-        address = (1 << 44) + (number << 40)
-        shape = list(array.shape) if name in per_head else [B, *array.shape[1:]]
+        address = (1 << 44) + (number << 40)  # 1 TiB apart
+        pool = name == "state"
+        shape = [N, *array.shape[1:]] if pool else list(array.shape)
         operands[name] = (address, str(array.dtype), shape)
-        window = address + (0 if name in per_head else (B - 1) * array.nbytes)
+        window = address + slot * array.nbytes * pool
         buffers.append(Buffer(name, window, array, name != "out"))
-    assert B * inputs["state"].size > 2**32
-    plan = launch.plan_decode(operands, scale=case.K**-0.5, VT=VT)
-    x, y, z = plan["grid"]
-    result = launch.run_plan(
-        plan,
-        buffers,
-        written=("out", "state"),
-        blocks=range(x * y * (z - 1), x * y * z),
+    assert N * inputs["state"].size > 2**32
+    plan = launch.plan_decode(
+        operands, scale=case.K**-0.5, state_layout=one.layout, VT=one.VT
     )
-    judge(case, result)
+    whole = np.ones(1, bool)
+    judge(case, launch.run_plan(plan, buffers, written={"out": whole, "state": whole}))

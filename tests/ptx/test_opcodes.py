@@ -5,11 +5,11 @@ import operator
 import numpy as np
 import pytest
 
-from ptx import fixtures, module
-from ptx.fault import UnsupportedError
+from ptx import fixtures, launch, module
+from ptx.fault import FaultError, UnsupportedError
 from ptx.opcodes import NUMPY_TYPES, OPERATIONS
 from ptx.parser import parse
-from ptx.program import CONTROL, Program, class_of, memory_access
+from ptx.program import CONTROL, class_of, memory_access
 
 CORNERS = [0, 1, 2, 31, 32, 33, 63, 64, 0x7F, 0x80, 0x7FFF, 0x8000, 0x12345678]
 CORNERS += [
@@ -50,6 +50,8 @@ EXPECTED = {
     "sub.s32": operator.sub,
     "mul.lo.s64": operator.mul,
     "mul.wide.s32": operator.mul,
+    "mul.wide.u32": operator.mul,
+    "xor.b32": operator.xor,
     "mul.hi.u32": lambda a, b: (a * b) >> 32,
     "and.b32": operator.and_,
     "and.b64": operator.and_,
@@ -59,13 +61,21 @@ EXPECTED = {
     "shl.b64": lambda a, b: a << min(b, 64),
     "shr.u32": lambda a, b: a >> min(b, 64),
     "shr.u64": lambda a, b: a >> min(b, 64),
+    "shr.s32": lambda a, b: a >> min(b, 64),
     "shr.s64": lambda a, b: a >> min(b, 64),
     "setp.eq.s16": operator.eq,
     "setp.eq.s32": operator.eq,
+    "setp.eq.s64": operator.eq,
+    "setp.ne.s16": operator.ne,
     "setp.ne.s32": operator.ne,
+    "setp.ne.s64": operator.ne,
     "setp.lt.s32": operator.lt,
     "setp.lt.u32": operator.lt,
+    "setp.lt.s64": operator.lt,
+    "setp.gt.s32": operator.gt,
     "setp.gt.u32": operator.gt,
+    "setp.gt.s64": operator.gt,
+    "setp.ge.s64": operator.ge,
 }
 
 
@@ -84,7 +94,9 @@ def test_integers(opcode):
 
 
 def test_every_integer_operation_is_tested():
-    tested_elsewhere = {"prmt.b32", "setp.eq.f32", "selp.b32", "selp.b64", "selp.f32"}
+    tested_elsewhere = {"prmt.b32", "setp.eq.f32", "mad.lo.s32"}
+    tested_elsewhere |= {f"selp.{kind}" for kind in ("b32", "b64", "f32")}
+    tested_elsewhere |= {"and.pred", "or.pred", "not.pred"}
     integers = {name for name, op in OPERATIONS.items() if op.kind == "integer"}
     assert integers == set(EXPECTED) | tested_elsewhere
 
@@ -103,6 +115,42 @@ def test_every_integer_operation_is_tested():
 def test_prmt(selector, expected):
     a, b = np.uint32([0x44332211]), np.uint32([0x887766F5])
     assert OPERATIONS["prmt.b32"].compute(a, b, np.uint32(selector))[0] == expected
+
+
+def test_predicates():
+    a, b = np.array([[False, True, False, True], [False, False, True, True]])
+    both = (OPERATIONS[f"{name}.pred"].compute(a, b).tolist() for name in ("and", "or"))
+    assert list(both) == [[False, False, False, True], [False, True, True, True]]
+    assert OPERATIONS["not.pred"].compute(a).tolist() == [True, False, True, False]
+
+
+def test_multiply_add_wraps():
+    x = np.int32([3, -3, 1 << 30])
+    result = OPERATIONS["mad.lo.s32"].compute(x, np.int32([5, 5, 4]), np.int32([1] * 3))
+    assert result.tolist() == [16, -14, 1]
+
+
+@pytest.mark.parametrize("name", ["f16x2", "bf16x2"])
+def test_the_first_of_a_pair_is_the_upper_half(name):
+    one, zero = np.float32([1]), np.float32([0])
+    pair = OPERATIONS[f"cvt.rn.{name}.f32"].compute(one, zero)
+    assert pair.tolist() == [{"f16x2": 0x3C00, "bf16x2": 0x3F80}[name] << 16]
+
+
+def test_shuffle_by_index():
+    outcome = fixtures.run(
+        """shfl.sync.idx.b32 %r6|%p1, %r3, 5, 31, -1;
+        st.global.u32 [%rd2], %r6; ret;"""
+    )
+    assert outcome.out.tolist() == [5] * 32 + [37] * 32
+
+
+def test_what_selp_does_not_choose_may_hold_nothing():
+    text = "setp.lt.u32 %p1, %r1, {}; selp.b32 %r6, %r1, %r9, %p1;"
+    text += "st.global.u32 [%rd2], %r6; ret;"
+    assert fixtures.run(text.format(64)).out.tolist() == list(range(64))
+    with pytest.raises(FaultError, match="%r9"):
+        fixtures.run(text.format(63))
 
 
 def test_nan_is_not_equal():
@@ -150,7 +198,7 @@ def test_registers_larger_than_the_type_that_is_loaded():
     [
         "add.ftz.f32 %f1, %f1, %f1;",
         "add.sat.s32 %r6, %r6, %r6;",
-        "mad.lo.s32 %r6, %r6, %r6, %r6;",
+        "mad.hi.s32 %r6, %r6, %r6, %r6;",
         "ld.global.ca.u32 %r6, [%rd1];",
         "ld.volatile.global.u32 %r6, [%rd1];",
         "ld.shared.cs.u32 %r6, [%r4];",
@@ -198,8 +246,8 @@ def test_the_table_holds_no_opcode_that_the_kernels_do_not_use():
 
 @pytest.mark.usefixtures("built")
 def test_every_instruction_has_a_class():
-    for kernel in module.kernels().values():
-        Program(kernel)
+    for symbol, kernel in module.kernels().items():
+        launch.shipped(symbol)
         for instruction in kernel.code:
             assert class_of(instruction)
             access = memory_access(instruction)
