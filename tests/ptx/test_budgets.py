@@ -43,8 +43,9 @@ def of_one_slot(result: launch.Result) -> int:
 
 
 @INSTANCE
-@LENGTHS
-@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(
+    ("T", "per_channel"), [(1, False), (4, False), (4, True)], ids=str
+)
 def test_state_moves_once_whatever_the_length(one, T, per_channel):
     result = run(one, T, per_channel=per_channel)
     least = 2 * of_one_slot(result)
@@ -72,9 +73,8 @@ def test_padding_touches_no_state(one, T):
 
 
 @INSTANCE
-@LENGTHS
-def test_write_slot_outside_the_pool_is_not_written(one, T):
-    result = run(one, T, N=3, reads=(0, 1), writes=(-1, 3))
+def test_write_slot_outside_the_pool_is_not_written(one):
+    result = run(one, 2, N=3, reads=(0, 1), writes=(-1, 3))
     assert state_sectors(result) == (2 * of_one_slot(result), 0)
 
 
@@ -98,7 +98,8 @@ def test_every_state_access_is_16_bytes_wide_and_of_full_sectors(one):
 def test_all_else_is_below_3_percent_of_the_state(layout, dtype):
     """For the largest tile of a float32 state.
 
-    A tile of "VK" has 16 rows, for each of which it reads q and k: there it is 7 %.
+    A tile of "VK" has 16 rows, over which q and k are shared, not 64 columns:
+    4 %, and 8 % of float32 operands.
     """
     wanted = (layout, "float32", 128)
     found = [o for o in INSTANCES if (o.layout, o.state, o.K) == wanted]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ptx import fixtures
+from ptx import fixtures, machine
 from ptx.fault import RUNAWAY, FaultError
 
 COPY = "ld.global.u32 %r6, [%rd1]; st.global.u32 [%rd2], %r6; ret;"
@@ -100,7 +100,8 @@ def test_copies_of_registers_are_apart():
     assert outcome.out.tolist() == [7] * 64
 
 
-def test_endless_kernel():
+def test_endless_kernel(monkeypatch):
+    monkeypatch.setattr(machine, "MAX_STEPS", 1000)
     with pytest.raises(FaultError, match=RUNAWAY):
         fixtures.run("$again: bra.uni $again; ret;")
 

@@ -5,11 +5,11 @@ import operator
 import numpy as np
 import pytest
 
-from ptx import fixtures, module
+from ptx import fixtures, launch, module
 from ptx.fault import FaultError, UnsupportedError
 from ptx.opcodes import NUMPY_TYPES, OPERATIONS
 from ptx.parser import parse
-from ptx.program import CONTROL, Program, class_of, memory_access
+from ptx.program import CONTROL, class_of, memory_access
 
 CORNERS = [0, 1, 2, 31, 32, 33, 63, 64, 0x7F, 0x80, 0x7FFF, 0x8000, 0x12345678]
 CORNERS += [
@@ -246,8 +246,8 @@ def test_the_table_holds_no_opcode_that_the_kernels_do_not_use():
 
 @pytest.mark.usefixtures("built")
 def test_every_instruction_has_a_class():
-    for kernel in module.kernels().values():
-        Program(kernel)
+    for symbol, kernel in module.kernels().items():
+        launch.shipped(symbol)
         for instruction in kernel.code:
             assert class_of(instruction)
             access = memory_access(instruction)
