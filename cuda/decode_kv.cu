@@ -71,12 +71,22 @@ __device__ __forceinline__ Sums<C> operator+(const Sums<C>& x, const Sums<C>& y)
   return sum;
 }
 
-// Copies C neighbouring floats, in 16-byte accesses.
-template <int C>
-__device__ __forceinline__ void Copy(const float* from, float* to) {
+// A thread's columns to and from shared memory, see PlaceOf.
+template <typename T>
+__device__ __forceinline__ void PutColumns(const float* from, float* to, int column) {
 #pragma unroll
-  for (int c = 0; c < C; c += 4) {
-    *reinterpret_cast<float4*>(to + c) = *reinterpret_cast<const float4*>(from + c);
+  for (int c = 0; c < T::kColumns; c += 4) {
+    *reinterpret_cast<float4*>(to + PlaceOf<T::VT, T::kColumns>(column + c)) =
+        *reinterpret_cast<const float4*>(from + c);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void GetColumns(const float* from, float* to, int column) {
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    *reinterpret_cast<float4*>(to + c) = *reinterpret_cast<const float4*>(
+        from + PlaceOf<T::VT, T::kColumns>(column + c));
   }
 }
 
@@ -86,8 +96,8 @@ __device__ __forceinline__ Sums<T::kColumns> TreeSum(const typename T::Shared& s
                                                      int column) {
   if constexpr (kCount == 1) {
     alignas(16) Sums<T::kColumns> sums;
-    Copy<T::kColumns>(&shared.p[kFirst][column], sums.p);
-    Copy<T::kColumns>(&shared.r[kFirst][column], sums.r);
+    GetColumns<T>(shared.p[kFirst], sums.p, column);
+    GetColumns<T>(shared.r[kFirst], sums.r, column);
     return sums;
   } else {
     return TreeSum<T, kFirst, kCount / 2>(shared, column) +
@@ -111,8 +121,8 @@ __device__ __forceinline__ Sums<T::kColumns> ReduceGroups(Sums<T::kColumns> sums
   }
   if constexpr (T::kWarps > 1) {
     if (lane < T::kLanes) {
-      Copy<T::kColumns>(sums.p, &shared.p[warp][column]);
-      Copy<T::kColumns>(sums.r, &shared.r[warp][column]);
+      PutColumns<T>(sums.p, shared.p[warp], column);
+      PutColumns<T>(sums.r, shared.r[warp], column);
     }
     __syncthreads();
     sums = TreeSum<T, 0, T::kWarps>(shared, column);
@@ -225,7 +235,7 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
   __shared__ typename T::Shared shared;
   RawInputs<T::K> raw;
   if (warp == 0) {
-    LoadInputs<T::K, T::VT>(p, at, 0, lane, raw);
+    LoadInputs<T::kColumns, T::K, T::VT>(p, at, 0, lane, raw);
     StageInputs(p, lane, raw, shared.in[0]);
   }
   Owned<T> state;
@@ -237,17 +247,18 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
     const HeadInputs<T::K, T::VT>& in = shared.in[t % 2];
     __syncthreads();
     const bool loads_next = warp == 0 && t + 1 < p.T;
-    if (loads_next) LoadInputs<T::K, T::VT>(p, at, t + 1, lane, raw);
+    if (loads_next) LoadInputs<T::kColumns, T::K, T::VT>(p, at, t + 1, lane, raw);
     const int64_t write = WriteSlot(p, at.n, t, read);
 
     const Head h = ComputeHead(p, in, lane);
     const Sums<C> sums =
         ReduceGroups<T>(SumRows<T>(p, state, in, group), shared, lane, warp, column);
+    alignas(16) float v[C];
+    GetColumns<T>(in.v, v, column);
     float u[C], out[C];  // u times what normalises k
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const float u_c =
-          h.beta * fmaf(-h.decay * h.factor.k, sums.p[c], in.v[column + c]);
+      const float u_c = h.beta * fmaf(-h.decay * h.factor.k, sums.p[c], v[c]);
       out[c] = fmaf(h.qk, u_c, h.decay * h.factor.q * sums.r[c]);
       u[c] = h.factor.k * u_c;
     }

@@ -14,7 +14,7 @@ template <int K, int VT>
 struct HeadInputs {
   alignas(16) float q[K];
   alignas(16) float k[K];
-  alignas(16) float v[VT];
+  alignas(16) float v[VT];  // at PlaceOf
   float A_log, a, dt_bias, b;
   // Only with one decay a key channel: the decays, and q and k times them.
   alignas(16) float decay[K];
@@ -40,8 +40,21 @@ struct Place {
   int first_column;  // of v and out
 };
 
+// Where four of VT columns lie in shared memory, when a thread owns C: the first four
+// of all threads, then the second, so that neighbouring lanes meet no bank twice.
+template <int VT, int C>
+__device__ __forceinline__ int PlaceOf(int column) {
+  return column % C / 4 * (4 * VT / C) + column / C * 4;
+}
+
+// The columns that lie at place 4 i.
+template <int VT, int C>
+__device__ __forceinline__ int ColumnAt(int i) {
+  return i % (VT / C) * C + i / (VT / C) * 4;
+}
+
 // Issues the loads of token t. One warp does.
-template <int K, int VT>
+template <int C, int K, int VT>
 __device__ __forceinline__ void LoadInputs(const DecodeParams& p, const Place& at,
                                            int64_t t, int lane, RawInputs<K>& raw) {
   const int64_t token = at.n * p.T + t, head = token * p.HV + at.hv;
@@ -62,7 +75,10 @@ __device__ __forceinline__ void LoadInputs(const DecodeParams& p, const Place& a
       raw.channel_bias[j] = LoadRaw<2>(p.dt_bias, int64_t{at.hv} * K + channel);
     }
   }
-  if (lane < VT / 4) raw.v = LoadRaw<4>(p.v, head * p.V + at.first_column + 4 * lane);
+  if (lane < VT / 4) {
+    const int column = at.first_column + ColumnAt<VT, C>(lane);
+    raw.v = LoadRaw<4>(p.v, head * p.V + column);
+  }
 }
 
 // Puts them into shared memory once they are there. The same warp does.
