@@ -7,304 +7,347 @@
 // and S_new = exp(g) S_old + k u^T is made from the registers that hold S_old. There
 // the state stays, as float32, until the last token is done.
 //
-// A block owns the K x VT tile of one state, in 2 VT threads. A thread owns C
-// neighbouring columns, 16 bytes: 4 of a float32 state, 8 of a 16-bit one; and the
-// rows g, g + G, g + 2 G, ... of its group g, with G = 2 C groups:
+// A block owns the K x VT tile of one state. A thread owns C neighbouring columns, 16
+// bytes: 4 of a float32 state, 8 of a 16-bit one. Rows fall into 16 classes: row r is
+// of class r / 4 mod 16. A thread has all rows of 16 / G classes, G being 8 or 16.
 //
-//               column 0..C-1  C..2C-1    ...   VT-C..VT-1
-//     row 0      thread 0     thread 1   ...   thread L-1        L = VT / C lanes
-//     row 1      thread L     thread L+1 ...
+//                  column 0..C-1  C..2C-1    ...   VT-C..VT-1
+//     group 0       thread 0     thread 1   ...   thread L-1        L = VT / C lanes
+//     group 1       thread L     thread L+1 ...
 //      ...
-//     row G      thread 0     thread 1   ...
+//     group G-1
 //
-// A column's sum over K has one shape, whatever VT is, so the tile never changes a
-// bit: the rows of a group in order, then the groups as one balanced tree, whose
-// levels are shuffles inside a warp and shared memory across warps.
+// A column's sum over K has one shape, whatever the tile is, so that the tile never
+// changes a bit: the rows of a class in order, then the classes as one balanced tree
+// that pairs c and c + 8, then c and c + 4, + 2, + 1. Its levels fall inside a thread,
+// between lanes, or between warps.
 //
 // Bytes a state: read once, written once (and once a snapshot). A block's whole tile
 // is on its way before anything waits. Nothing else matters: it is memory-bound.
+//
+// A "step" kernel is the same with what a decode loop has fixed: one token, V = K,
+// bfloat16 inputs and out, one decay a head. It has less to decide and to hold.
 #include "cuda/decode_kv.h"
-#include "cuda/head.cuh"
-#include "cuda/state.cuh"
+#include "cuda/tile.cuh"
 
 namespace jax_gdn {
 namespace {
 
-template <DType kState_, int K_, int VT_>
-struct Tile {
-  static constexpr DType kState = kState_;
-  static constexpr int K = K_, VT = VT_;
-  static constexpr int kColumns = kValues<kState>;  // of a thread
-  static constexpr int kRowGroups = 2 * kColumns;
-  static constexpr int kLanes = VT / kColumns;  // that share a row
-  static constexpr int kThreads = 2 * VT;
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kRows = K / kRowGroups;  // of a thread
-  // Small tiles serve small batches; see LoadState.
-  static constexpr bool kStreaming = VT < 64;
-  // Four blocks of the large tile on a multiprocessor: T = 4 takes 876 us, was 1028
-  // (H200, B = 512, HV = 32, K = V = 128). Larger K does not fit.
-  static constexpr int kMinBlocks = VT == 64 && K <= 128 ? 4 : 1;
-  static_assert(K % 64 == 0 && kThreads % 32 == 0 && kLanes <= 32);
-
-  struct Shared {
-    HeadInputs<K, VT> in[2];          // of this token and the next
-    alignas(16) float p[kWarps][VT];  // k^T S, a partial sum a warp
-    alignas(16) float r[kWarps][VT];  // q^T S, likewise
-  };
-};
-
-// k^T S and q^T S of a thread's columns.
-template <int C>
-struct Sums {
-  float p[C], r[C];
-};
-
-template <int C>
-__device__ __forceinline__ Sums<C> operator+(const Sums<C>& x, const Sums<C>& y) {
-  Sums<C> sum;
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    sum.p[c] = x.p[c] + y.p[c];
-    sum.r[c] = x.r[c] + y.r[c];
-  }
-  return sum;
-}
-
-// A thread's columns to and from shared memory, see PlaceOf.
+// Value channels of a head.
 template <typename T>
-__device__ __forceinline__ void PutColumns(const float* from, float* to, int column) {
-#pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    *reinterpret_cast<float4*>(to + PlaceOf<T::VT, T::kColumns>(column + c)) =
-        *reinterpret_cast<const float4*>(from + c);
-  }
+__device__ __forceinline__ int ValueChannels(const DecodeParams& p) {
+  return T::kStep ? T::K : p.V;
 }
-
-template <typename T>
-__device__ __forceinline__ void GetColumns(const float* from, float* to, int column) {
-#pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    *reinterpret_cast<float4*>(to + c) = *reinterpret_cast<const float4*>(
-        from + PlaceOf<T::VT, T::kColumns>(column + c));
-  }
-}
-
-// Adds the sums of warps [kFirst, kFirst + kCount) as a balanced tree.
-template <typename T, int kFirst, int kCount>
-__device__ __forceinline__ Sums<T::kColumns> TreeSum(const typename T::Shared& shared,
-                                                     int column) {
-  if constexpr (kCount == 1) {
-    alignas(16) Sums<T::kColumns> sums;
-    GetColumns<T>(shared.p[kFirst], sums.p, column);
-    GetColumns<T>(shared.r[kFirst], sums.r, column);
-    return sums;
-  } else {
-    return TreeSum<T, kFirst, kCount / 2>(shared, column) +
-           TreeSum<T, kFirst + kCount / 2, kCount / 2>(shared, column);
-  }
-}
-
-// The sums over all of K, from each thread's own rows.
-template <typename T>
-__device__ __forceinline__ Sums<T::kColumns> ReduceGroups(Sums<T::kColumns> sums,
-                                                          typename T::Shared& shared,
-                                                          int lane, int warp,
-                                                          int column) {
-#pragma unroll
-  for (int offset = T::kLanes; offset < 32; offset *= 2) {
-#pragma unroll
-    for (int c = 0; c < T::kColumns; ++c) {
-      sums.p[c] += __shfl_xor_sync(0xffffffffu, sums.p[c], offset);
-      sums.r[c] += __shfl_xor_sync(0xffffffffu, sums.r[c], offset);
-    }
-  }
-  if constexpr (T::kWarps > 1) {
-    if (lane < T::kLanes) {
-      PutColumns<T>(sums.p, shared.p[warp], column);
-      PutColumns<T>(sums.r, shared.r[warp], column);
-    }
-    __syncthreads();
-    sums = TreeSum<T, 0, T::kWarps>(shared, column);
-  }
-  return sums;
-}
-
-// The state's part that a thread owns.
-template <typename T>
-struct Owned {
-  float s[T::kRows][T::kColumns];
-};
 
 // The thread's first row and column of a slot's state.
 template <typename T>
 __device__ __forceinline__ uint4* FirstRow(const DecodeParams& p, const Place& at,
-                                           int64_t slot, int group, int column) {
-  const int64_t element =
-      ((slot * p.HV + at.hv) * T::K + group) * p.V + at.first_column + column;
+                                           int32_t slot, const Thread<T>& thread) {
+  const int64_t row = HeadOfSlot(p, slot, at.hv) * T::K + thread.Quad(0, 0);
+  const int64_t element = row * ValueChannels<T>(p) + at.first_column + thread.column;
   return reinterpret_cast<uint4*>(static_cast<char*>(p.state.data) +
                                   element * kStateBytes<T::kState>);
 }
 
-template <typename T>
-__device__ __forceinline__ int64_t RowStride(const DecodeParams& p) {
-  return int64_t{T::kRowGroups} * p.V / T::kColumns;
-}
-
-template <typename T>
-__device__ __forceinline__ Sums<T::kColumns> SumRows(const DecodeParams& p,
-                                                     const Owned<T>& state,
-                                                     const HeadInputs<T::K, T::VT>& in,
-                                                     int group) {
-  const float* q = p.per_channel ? in.decayed_q : in.q;
-  const float* k = p.per_channel ? in.decayed_k : in.k;
-  Sums<T::kColumns> sums = {};
+// Calls f(i, row) for each row i that a thread owns, which lies `row` below its first.
+template <typename T, typename F>
+__device__ __forceinline__ void ForEachRow(F f) {
 #pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-    const float q_i = q[group + i * T::kRowGroups], k_i = k[group + i * T::kRowGroups];
+  for (int c = 0; c < T::kOwnClasses; ++c) {
 #pragma unroll
-    for (int c = 0; c < T::kColumns; ++c) {
-      sums.p[c] = fmaf(k_i, state.s[i][c], sums.p[c]);
-      sums.r[c] = fmaf(q_i, state.s[i][c], sums.r[c]);
-    }
-  }
-  return sums;
-}
-
-template <typename T>
-__device__ __forceinline__ void UpdateRows(const DecodeParams& p, const Head& h,
-                                           const HeadInputs<T::K, T::VT>& in,
-                                           const float (&u)[T::kColumns], int group,
-                                           Owned<T>& state) {
+    for (int j = 0; j < T::kQuads; ++j) {
 #pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-    const int row = group + i * T::kRowGroups;
-    const float decay = p.per_channel ? in.decay[row] : h.decay, k = in.k[row];
-#pragma unroll
-    for (int c = 0; c < T::kColumns; ++c) {
-      state.s[i][c] = fmaf(k, u[c], decay * state.s[i][c]);
+      for (int r = 0; r < 4; ++r) {
+        f((c * T::kQuads + j) * 4 + r, 4 * (c * T::kRowGroups + j * kClasses) + r);
+      }
     }
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void StoreRows(const DecodeParams& p, const Owned<T>& state,
-                                          uint4* to) {
-  // Why: kept since the loads, the rows' addresses would cost 2 registers each.
-  const int64_t stride = Recompute(RowStride<T>(p));
-#pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-    StoreState<T::kStreaming>(to + i * stride, PackState<T::kState>(state.s[i]));
+struct Sums {
+  Columns<T::kColumns> p, r;  // k^T S, q^T S
+};
+
+// Over a thread's rows: of a class in order, then its two classes together.
+template <typename T>
+__device__ __forceinline__ Sums<T> SumRows(const DecodeParams& p, const Owned<T>& state,
+                                           const HeadInputs<T::K, !T::kStep>& in,
+                                           const Thread<T>& thread) {
+  const float *q = in.q, *k = in.k;
+  if constexpr (!T::kStep) {
+    if (p.per_channel) q = in.decayed_q, k = in.decayed_k;
   }
+  Sums<T> sums[T::kOwnClasses] = {};
+#pragma unroll
+  for (int c = 0; c < T::kOwnClasses; ++c) {
+#pragma unroll
+    for (int j = 0; j < T::kQuads; ++j) {
+      const int quad = thread.Quad(c, j);
+      const float4 q4 = *reinterpret_cast<const float4*>(q + quad);
+      const float4 k4 = *reinterpret_cast<const float4*>(k + quad);
+      const float q_r[4] = {q4.x, q4.y, q4.z, q4.w}, k_r[4] = {k4.x, k4.y, k4.z, k4.w};
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float s[T::kColumns];
+        state.Get((c * T::kQuads + j) * 4 + r, s);
+#pragma unroll
+        for (int i = 0; i < T::kColumns; ++i) {
+          sums[c].p.x[i] = fmaf(k_r[r], s[i], sums[c].p.x[i]);
+          sums[c].r.x[i] = fmaf(q_r[r], s[i], sums[c].r.x[i]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int pairs = T::kOwnClasses / 2; pairs > 0; pairs /= 2) {
+#pragma unroll
+    for (int c = 0; c < pairs; ++c) {
+      sums[c] = {sums[c].p + sums[c + pairs].p, sums[c].r + sums[c + pairs].r};
+    }
+  }
+  return sums[0];
+}
+
+template <typename T>
+__device__ __forceinline__ void UpdateRows(const HeadInputs<T::K, !T::kStep>& in,
+                                           float common_decay,
+                                           const float (&u)[T::kColumns],
+                                           const Thread<T>& thread, Owned<T>& state) {
+#pragma unroll
+  for (int c = 0; c < T::kOwnClasses; ++c) {
+#pragma unroll
+    for (int j = 0; j < T::kQuads; ++j) {
+      const int quad = thread.Quad(c, j);
+      const float4 k4 = *reinterpret_cast<const float4*>(in.k + quad);
+      const float k_r[4] = {k4.x, k4.y, k4.z, k4.w};
+      float decay[4] = {common_decay, common_decay, common_decay, common_decay};
+      if constexpr (!T::kStep) {
+        const float4 d4 = *reinterpret_cast<const float4*>(in.decay + quad);
+        decay[0] = d4.x, decay[1] = d4.y, decay[2] = d4.z, decay[3] = d4.w;
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float s[T::kColumns];
+        state.Get((c * T::kQuads + j) * 4 + r, s);
+#pragma unroll
+        for (int i = 0; i < T::kColumns; ++i)
+          s[i] = fmaf(k_r[r], u[i], decay[r] * s[i]);
+        state.Set((c * T::kQuads + j) * 4 + r, s);
+      }
+    }
+  }
+}
+
+// A thread's values of v, on their way.
+template <typename T>
+struct RawV {
+  Raw<4> x[T::kColumns / 4];
+};
+
+template <typename T>
+__device__ __forceinline__ RawV<T> LoadV(const DecodeParams& p, const Place& at,
+                                         int64_t t, int column) {
+  const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
+  const int64_t first = head * ValueChannels<T>(p) + at.first_column + column;
+  RawV<T> raw;
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    raw.x[c / 4] = LoadRaw<4, T::kStep>(p.v, first + c);
+  }
+  return raw;
 }
 
 template <typename T>
 __device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
                                          int64_t t, int column, const float* out) {
-  const int64_t head = (at.n * p.T + t) * p.HV + at.hv;
+  const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
+  const DType dtype = T::kStep ? DType::kBFloat16 : p.out.dtype;
 #pragma unroll
   for (int c = 0; c < T::kColumns; c += 4) {
-    Store4(p.out, head * p.V + at.first_column + column + c, out + c);
+    Store4({p.out.data, dtype},
+           head * ValueChannels<T>(p) + at.first_column + column + c, out + c);
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void BlockSync() {
+  if constexpr (T::kWarps == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Token t, whose inputs are in shared memory but for v.
+template <typename T>
+__device__ __forceinline__ void DecodeToken(
+    const DecodeParams& p, const Place& at, int64_t t, const Thread<T>& thread,
+    const RawV<T>& raw_v, const GateInputs& gate_inputs,
+    HeadInputs<T::K, !T::kStep>& in, typename T::Shared& shared, Owned<T>& state) {
+  constexpr int C = T::kColumns;
+  Gates gates;
+  if constexpr (T::kStep) {
+    // Late, so that the rows do not wait for what follows from norms.
+    if (thread.warp == 0) {
+      gates = MakeGates<true>(p, gate_inputs);
+      if (T::kWarps > 1 && thread.lane == 0) in.gates = gates;
+    }
+  }
+  Sums<T> sums = SumRows<T>(p, state, in, thread);
+  AddGroups<T>(sums.p);
+  AddGroups<T>(sums.r);
+  if constexpr (T::kWarps > 1) {
+    // Two buffers, so that no warp waits for another to have read this token's.
+    const int buffer = T::kStep ? 0 : t % 2;
+    if (thread.lane < T::kLanes) {
+      PutColumns<T>(sums.p, shared.p[buffer][thread.warp], thread.column);
+      PutColumns<T>(sums.r, shared.r[buffer][thread.warp], thread.column);
+    }
+    BlockSync<T>();
+    sums.p = TreeSum<T, 0, T::kWarps>(shared.p[buffer], thread.column);
+    if (thread.group == 0) {
+      sums.r = TreeSum<T, 0, T::kWarps>(shared.r[buffer], thread.column);
+    }
+  }
+  if constexpr (!T::kStep || T::kWarps > 1) gates = in.gates;
+  float u[C], out[C];  // u times what normalises k
+#pragma unroll
+  for (int c = 0; c < C; c += 4) {
+    const float4 v4 = Widen(raw_v.x[c / 4], TypeOf<T::kStep>(p.v));
+    const float v[4] = {v4.x, v4.y, v4.z, v4.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float u_i = gates.beta * fmaf(-gates.decayed_k, sums.p.x[c + i], v[i]);
+      out[c + i] = fmaf(gates.qk, u_i, gates.decayed_q * sums.r.x[c + i]);
+      u[c + i] = gates.k_factor * u_i;
+    }
+  }
+  if (thread.group == 0) StoreOut<T>(p, at, t, thread.column, out);
+  state.ForgetUnpacked();
+  UpdateRows<T>(in, gates.decay, u, thread, state);
 }
 
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
   constexpr int C = T::kColumns;
-  const int lane = threadIdx.x % 32, warp = T::kWarps == 1 ? 0 : threadIdx.x / 32;
-  const int column = C * (threadIdx.x % T::kLanes), group = threadIdx.x / T::kLanes;
+  const Thread<T> thread;
   const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
+  const int64_t tokens = T::kStep ? 1 : p.T;
 
-  const int64_t read = ReadSlot(p, at.n);
+  const int32_t read = ReadSlot(p, at.n);
   if (read == kNoSlot) {
     const float zeros[C] = {};
-    for (int64_t t = 0; t < p.T && group == 0; ++t) {
-      StoreOut<T>(p, at, t, column, zeros);
+    for (int64_t t = 0; t < tokens && thread.group == 0; ++t) {
+      StoreOut<T>(p, at, t, thread.column, zeros);
     }
     return;
   }
 
-  // The state's loads before all else, then the first token's.
+  // The state's loads before all else.
   uint4 bits[T::kRows];
-  const uint4* first_row = FirstRow<T>(p, at, read, group, column);
-#pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-    bits[i] = LoadState<T::kStreaming>(first_row + i * RowStride<T>(p));
-  }
+  const uint4* from = FirstRow<T>(p, at, read, thread);
+  const int64_t stride = ValueChannels<T>(p) / C;  // of rows
+  ForEachRow<T>(
+      [&](int i, int row) { bits[i] = LoadState<T::kStreaming>(from + row * stride); });
+  __syncwarp();  // The compiler moves no access across.
+  RawV<T> raw_v;
+  if constexpr (T::kStep) raw_v = LoadV<T>(p, at, 0, thread.column);
+  __syncwarp();
   __shared__ typename T::Shared shared;
-  RawInputs<T::K> raw;
-  if (warp == 0) {
-    LoadInputs<T::kColumns, T::K, T::VT>(p, at, 0, lane, raw);
-    StageInputs(p, lane, raw, shared.in[0]);
-  }
   Owned<T> state;
-#pragma unroll
-  for (int i = 0; i < T::kRows; ++i) UnpackState<T::kState>(bits[i], state.s[i]);
-
+  GateInputs gate_inputs;
+  const auto stage = [&](int64_t first) {  // a token a warp
+    if (thread.warp >= T::kTokens || first + thread.warp >= tokens) return;
+    auto& in = shared.in[thread.warp];
+    const int64_t t = first + thread.warp;
+    gate_inputs = StageToken<T::K, T::kStep>(p, at, t, thread.lane, in);
+    if constexpr (!T::kStep) {
+      const Gates gates = MakeGates<false>(p, gate_inputs);
+      StageDecays<T::K>(p, at, t, thread.lane, gate_inputs.A_log, gates.decay, in);
+      if (thread.lane == 0) in.gates = gates;
+    }
+  };
+  stage(0);
+  state.Unpack(bits);
 #pragma unroll 1
-  for (int64_t t = 0; t < p.T; ++t) {
-    const HeadInputs<T::K, T::VT>& in = shared.in[t % 2];
-    __syncthreads();
-    const bool loads_next = warp == 0 && t + 1 < p.T;
-    if (loads_next) LoadInputs<T::kColumns, T::K, T::VT>(p, at, t + 1, lane, raw);
-    const int64_t write = WriteSlot(p, at.n, t, read);
-
-    const Head h = ComputeHead(p, in, lane);
-    const Sums<C> sums =
-        ReduceGroups<T>(SumRows<T>(p, state, in, group), shared, lane, warp, column);
-    alignas(16) float v[C];
-    GetColumns<T>(in.v, v, column);
-    float u[C], out[C];  // u times what normalises k
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const float u_c = h.beta * fmaf(-h.decay * h.factor.k, sums.p[c], v[c]);
-      out[c] = fmaf(h.qk, u_c, h.decay * h.factor.q * sums.r[c]);
-      u[c] = h.factor.k * u_c;
+  for (int64_t first = 0; first < tokens; first += T::kTokens) {
+    if (first > 0) {
+      BlockSync<T>();  // the last round's inputs are still read
+      stage(first);
     }
-    if (group == 0) StoreOut<T>(p, at, t, column, out);
-    UpdateRows<T>(p, h, in, u, group, state);
-    if (write != kNoSlot) {
-      StoreRows<T>(p, state, FirstRow<T>(p, at, write, group, column));
+    BlockSync<T>();
+#pragma unroll 1
+    for (int i = 0; i < T::kTokens && first + i < tokens; ++i) {
+      const int64_t t = first + i;
+      const int32_t wanted = WantedSlot(p, at.n, t, read);
+      if constexpr (!T::kStep) raw_v = LoadV<T>(p, at, t, thread.column);
+      DecodeToken<T>(p, at, t, thread, raw_v, gate_inputs, shared.in[i], shared, state);
+      if ((T::kStep || p.snapshots || t + 1 == tokens) &&
+          CheckSlot(p, wanted) != kNoSlot) {
+        uint4* to = FirstRow<T>(p, at, wanted, thread);
+        // Why: kept since the loads, the rows' addresses would cost 2 registers each.
+        const int64_t stride = T::kStep ? T::K / C : Recompute(ValueChannels<T>(p) / C);
+        ForEachRow<T>([&](int i, int row) {
+          StoreState<T::kStreaming>(to + row * stride, state.Bits(i));
+        });
+      }
     }
-    if (loads_next) StageInputs(p, lane, raw, shared.in[(t + 1) % 2]);
   }
 }
 
 }  // namespace
 
-// One kernel an instance, under a name that reads well in a profiler.
+// A kernel under a name that reads well in a profiler; see Kernel.
+#define JAX_GDN_NAME(kind, name, K, VT, G) gdn_##kind##_kv_##name##_k##K##_vt##VT##_g##G
+#define JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks) \
+  Tile<dtype, K, VT, G, streaming, blocks, JAX_GDN_IS_STEP_##kind>
+#define JAX_GDN_IS_STEP_step true
+#define JAX_GDN_IS_STEP_decode false
+#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, G, streaming, blocks, max_states)  \
+  extern "C" __global__ void __launch_bounds__(                                     \
+      (JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks)::kThreads), (blocks)) \
+      JAX_GDN_NAME(kind, name, K, VT, G)(const __grid_constant__ DecodeParams p) {  \
+    DecodeTile<JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks)>(p);          \
+  }
+#define JAX_GDN_LIST(kind, name, dtype, K, VT, G, streaming, blocks, max_states) \
+  {"gdn_" #kind "_kv_" #name "_k" #K "_vt" #VT "_g" #G,                          \
+   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, G)),            \
+   Layout::kKV,                                                                  \
+   dtype,                                                                        \
+   K,                                                                            \
+   VT,                                                                           \
+   JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks)::kThreads,             \
+   JAX_GDN_IS_STEP_##kind,                                                       \
+   max_states},
+
+// Every tile, the smallest first: kind, state, K, VT, G, streaming, blocks, max_states.
+// Tuned at K = 128 on an H200; a larger K has no registers to share.
 // clang-format off
-#define JAX_GDN_FOR_EACH_TILE(INSTANCE, ...)                                  \
-  INSTANCE(__VA_ARGS__, 64, 16) INSTANCE(__VA_ARGS__, 64, 32)                 \
-  INSTANCE(__VA_ARGS__, 64, 64) INSTANCE(__VA_ARGS__, 128, 16)                \
-  INSTANCE(__VA_ARGS__, 128, 32) INSTANCE(__VA_ARGS__, 128, 64)               \
-  INSTANCE(__VA_ARGS__, 192, 16) INSTANCE(__VA_ARGS__, 192, 32)               \
-  INSTANCE(__VA_ARGS__, 192, 64) INSTANCE(__VA_ARGS__, 256, 16)               \
-  INSTANCE(__VA_ARGS__, 256, 32) INSTANCE(__VA_ARGS__, 256, 64)
-#define JAX_GDN_FOR_EACH_INSTANCE(INSTANCE)              \
-  JAX_GDN_FOR_EACH_TILE(INSTANCE, f32, DType::kFloat32)  \
-  JAX_GDN_FOR_EACH_TILE(INSTANCE, bf16, DType::kBFloat16) \
-  JAX_GDN_FOR_EACH_TILE(INSTANCE, f16, DType::kFloat16)
+#define JAX_GDN_FOR_EACH_TILE(X, K)                                                     \
+  X(step, f32, DType::kFloat32, K, 16, 8, true, 1, 256)                                 \
+  X(step, f32, DType::kFloat32, K, 64, 8, true, 1, 2048)                                \
+  X(step, f32, DType::kFloat32, K, 64, 16, false, 1, kMany)                             \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, true, 1, 256)                               \
+  X(step, bf16, DType::kBFloat16, K, 64, 8, false, K <= 128 ? 6 : 1, 2048)              \
+  X(step, bf16, DType::kBFloat16, K, 128, 8, false, 1, kMany)                           \
+  X(decode, bf16, DType::kBFloat16, K, 16, 16, true, 1, 256)                            \
+  X(decode, bf16, DType::kBFloat16, K, 64, 16, false, K <= 128 ? 3 : 1, kMany)          \
+  X(decode, f16, DType::kFloat16, K, 16, 16, true, 1, 256)                              \
+  X(decode, f16, DType::kFloat16, K, 64, 16, false, 1, kMany)
+// The registers of a float32 state: 8 groups where they allow.
+#define JAX_GDN_FOR_EACH_F32_TILE(X, K, G)                                              \
+  X(decode, f32, DType::kFloat32, K, 16, G, true, 1, 256)                               \
+  X(decode, f32, DType::kFloat32, K, 64, G, false, K <= 128 ? 3 : 1, kMany)
+#define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
+  JAX_GDN_FOR_EACH_TILE(X, 64) JAX_GDN_FOR_EACH_TILE(X, 128)                            \
+  JAX_GDN_FOR_EACH_TILE(X, 192) JAX_GDN_FOR_EACH_TILE(X, 256)                           \
+  JAX_GDN_FOR_EACH_F32_TILE(X, 64, 8) JAX_GDN_FOR_EACH_F32_TILE(X, 128, 8)              \
+  JAX_GDN_FOR_EACH_F32_TILE(X, 192, 16) JAX_GDN_FOR_EACH_F32_TILE(X, 256, 16)
 // clang-format on
 
-#define JAX_GDN_NAME(name, K, VT) gdn_decode_kv_##name##_k##K##_vt##VT
-#define JAX_GDN_DEFINE(name, dtype, K, VT)                                     \
-  extern "C" __global__ void __launch_bounds__(Tile<dtype, K, VT>::kThreads,   \
-                                               Tile<dtype, K, VT>::kMinBlocks) \
-      JAX_GDN_NAME(name, K, VT)(const __grid_constant__ DecodeParams p) {      \
-    DecodeTile<Tile<dtype, K, VT>>(p);                                         \
-  }
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)
-
-#define JAX_GDN_LIST(name, dtype, K, VT)                     \
-  {"gdn_decode_kv_" #name "_k" #K "_vt" #VT,                 \
-   reinterpret_cast<const void*>(JAX_GDN_NAME(name, K, VT)), \
-   Layout::kKV,                                              \
-   dtype,                                                    \
-   K,                                                        \
-   VT,                                                       \
-   Tile<dtype, K, VT>::kThreads},
 
 const std::vector<Kernel>& DecodeKVKernels() {
   static const std::vector<Kernel> kernels = {JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_LIST)};

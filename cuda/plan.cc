@@ -9,13 +9,13 @@ namespace {
 // The y and z axes of a grid (HV and B) are 16-bit.
 constexpr int64_t kMaxGridYZ = 65535;
 
-const Kernel* FindKernel(const DecodeParams& params, int VT) {
-  for (const Kernel& kernel : DecodeKernels(params.layout)) {
-    if (kernel.state == params.state.dtype && kernel.K == params.K && kernel.VT == VT) {
-      return &kernel;
-    }
+// What "step" kernels are compiled for.
+bool IsStep(const DecodeParams& params) {
+  for (const Input& input : {params.q, params.k, params.v, params.a, params.b}) {
+    if (input.dtype != DType::kBFloat16) return false;
   }
-  return nullptr;
+  return params.T == 1 && params.V == params.K && !params.per_channel &&
+         params.out.dtype == DType::kBFloat16;
 }
 
 }  // namespace
@@ -39,24 +39,32 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
   return std::nullopt;
 }
 
-// By the number of states alone: small tiles give a small batch enough blocks to fill
-// the chip; large ones read longer rows ("KV") or more of them ("VK").
-int ChooseTile(const DecodeParams& params) {
-  const int64_t states = params.B * params.HV;
-  if (params.layout == Layout::kVK) {
-    return states <= 128 ? 4 : params.K <= 128 ? 16 : 8;
-  }
-  int VT = states <= 256 ? 16 : states < 512 ? 32 : 64;
-  while (params.V % VT != 0) VT /= 2;
-  return VT;
+bool Fits(const Kernel& kernel, const DecodeParams& params) {
+  return kernel.layout == params.layout && kernel.state == params.state.dtype &&
+         kernel.K == params.K && params.V % kernel.VT == 0 &&
+         (!kernel.step || IsStep(params));
 }
 
-std::optional<LaunchPlan> PlanDecode(const DecodeParams& params, int VT) {
-  const Kernel* kernel = FindKernel(params, VT);
-  if (kernel == nullptr || params.V % VT != 0) return std::nullopt;
-  return LaunchPlan{kernel, static_cast<unsigned>(params.V / VT),
-                    static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
-                    /*shared_bytes=*/0};
+// By the number of states alone: small tiles give a small batch enough blocks to fill
+// the chip; large ones read longer rows ("KV") or more of them ("VK").
+const Kernel* ChooseKernel(const DecodeParams& params) {
+  const int64_t states = params.B * params.HV;
+  const Kernel* chosen = nullptr;
+  for (bool step : {true, false}) {
+    for (const Kernel& kernel : DecodeKernels(params.layout)) {
+      if (kernel.step != step || !Fits(kernel, params)) continue;
+      chosen = &kernel;
+      if (states <= kernel.max_states) break;
+    }
+    if (chosen != nullptr) break;
+  }
+  return chosen;
+}
+
+LaunchPlan PlanDecode(const DecodeParams& params, const Kernel& kernel) {
+  return {&kernel, static_cast<unsigned>(params.V / kernel.VT),
+          static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
+          /*shared_bytes=*/0};
 }
 
 CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,6 +16,8 @@
 #include "ffi/decode_params.h"
 
 namespace jax_gdn {
+
+constexpr int64_t kMany = INT64_MAX;
 
 // One compiled kernel. All take one argument, `const DecodeParams`, by value.
 struct Kernel {
@@ -24,6 +27,8 @@ struct Kernel {
   DType state;  // storage type
   int K, VT;    // key channels, value channels a block owns
   int threads;  // of a block
+  bool step;    // only for one token, V = K, bfloat16 inputs and out, a decay a head
+  int64_t max_states;  // B HV up to which it is the one to take
 };
 
 struct LaunchPlan {
@@ -32,7 +37,7 @@ struct LaunchPlan {
   size_t shared_bytes;  // dynamic; static shared memory belongs to the kernel
 };
 
-// Every compiled kernel for a layout.
+// Every compiled kernel for a layout, those for the smallest grids first.
 const std::vector<Kernel>& DecodeKernels(Layout layout);
 
 // A CUDA call that failed, or success.
@@ -44,13 +49,14 @@ struct CudaStatus {
 // Why no kernel takes these sizes, or nothing when one does.
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V);
 
-// Value channels a block should own; divides V.
-int ChooseTile(const DecodeParams& params);
+// Whether the kernel computes what these parameters ask for.
+bool Fits(const Kernel& kernel, const DecodeParams& params);
 
-// The launch with blocks of VT value channels; nothing if there is no such kernel or
-// VT does not divide V. With `ChooseTile` and parameters that `WhyUnsupported` has
-// nothing against, there always is one.
-std::optional<LaunchPlan> PlanDecode(const DecodeParams& params, int VT);
+// The kernel to take, of those that fit. There always is one for parameters that
+// `WhyUnsupported` has nothing against.
+const Kernel* ChooseKernel(const DecodeParams& params);
+
+LaunchPlan PlanDecode(const DecodeParams& params, const Kernel& kernel);
 
 // Enqueues; neither allocates nor synchronises.
 CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,

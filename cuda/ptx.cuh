@@ -51,6 +51,11 @@ __device__ __forceinline__ int64_t Recompute(int64_t x) {
   return x;
 }
 
+// The same for a value's bits: what was made from them is not kept.
+__device__ __forceinline__ void Forget(uint4& x) {
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+}
+
 }  // namespace jax_gdn
 
 #endif  // JAX_GDN_CUDA_PTX_CUH_

@@ -6,26 +6,35 @@
 
 namespace jax_gdn {
 
-constexpr int64_t kNoSlot = -1;
+constexpr int32_t kNoSlot = -1;
 
-__device__ __forceinline__ int64_t SlotAt(const DecodeParams& p, const int32_t* slots,
-                                          int64_t index) {
-  int32_t slot;
-  Load(slots + index, slot);
+__device__ __forceinline__ int32_t CheckSlot(const DecodeParams& p, int32_t slot) {
   return 0 <= slot && slot < p.N ? slot : kNoSlot;
 }
 
 // The slot that row n reads; kNoSlot makes the row padding.
-__device__ __forceinline__ int64_t ReadSlot(const DecodeParams& p, int64_t n) {
-  return p.read_slots == nullptr ? n : SlotAt(p, p.read_slots, n);
+__device__ __forceinline__ int32_t ReadSlot(const DecodeParams& p, unsigned n) {
+  if (p.read_slots == nullptr) return n;
+  int32_t slot;
+  Load(p.read_slots + n, slot);
+  return CheckSlot(p, slot);
 }
 
-// The slot that row n, which reads `read`, writes after token t; kNoSlot: none.
-__device__ __forceinline__ int64_t WriteSlot(const DecodeParams& p, int64_t n,
-                                             int64_t t, int64_t read) {
-  if (p.snapshots) return SlotAt(p, p.write_slots, n * p.T + t);
-  if (t + 1 < p.T) return kNoSlot;
-  return p.write_slots == nullptr ? read : SlotAt(p, p.write_slots, n);
+// The slot for the state of row n, which reads `read`, after token t. To be checked
+// when it is needed: here, that would wait for memory.
+__device__ __forceinline__ int32_t WantedSlot(const DecodeParams& p, unsigned n,
+                                              int64_t t, int32_t read) {
+  int32_t slot = read;
+  if (p.write_slots != nullptr) {
+    Load(p.write_slots + (p.snapshots ? n * p.T + t : n), slot);
+  }
+  return slot;
+}
+
+// Index of a slot's head among all.
+__device__ __forceinline__ int64_t HeadOfSlot(const DecodeParams& p, int32_t slot,
+                                              unsigned hv) {
+  return uint64_t{static_cast<uint32_t>(slot)} * static_cast<uint32_t>(p.HV) + hv;
 }
 
 // Sizes of an access of 16 bytes, `uint4`.

@@ -30,11 +30,17 @@ struct Raw<4> {
   uint2 low, high;
 };
 
-// Reads elements [index, index + N); index is a multiple of N.
-template <int N>
+// Reads elements [index, index + N); index is a multiple of N. Where the type is known
+// to have 16 bits when compiled, the low half is all there is.
+template <int N, bool kNarrow = false>
 __device__ __forceinline__ Raw<N> LoadRaw(const Input& x, int64_t index) {
   using Half = decltype(Raw<N>::low);
   static_assert(sizeof(Half) == 2 * N);
+  if constexpr (kNarrow) {
+    Raw<N> raw = {};
+    Load(static_cast<const char*>(x.data) + (index << 1), raw.low);
+    return raw;
+  }
   const bool wide = x.dtype == DType::kFloat32;
   const auto* low = static_cast<const char*>(x.data) + (index << (wide ? 2 : 1));
   const char* high = low + (wide ? sizeof(Half) : 0);
@@ -76,6 +82,12 @@ __device__ __forceinline__ float4 Widen(Raw<4> raw, DType dtype) {
           WidenBits(raw.low.x, raw.low.y, dtype, kPickY, kPickX),
           WidenBits(raw.low.y, raw.high.x, dtype, kPickY, kRaiseX),
           WidenBits(raw.low.y, raw.high.y, dtype, kPickY, kPickX)};
+}
+
+// The type of an input: a "step" kernel takes bfloat16 alone.
+template <bool kStep>
+__device__ __forceinline__ DType TypeOf(const Input& x) {
+  return kStep ? DType::kBFloat16 : x.dtype;
 }
 
 // Two values rounded to nearest even, as the 16-bit type `dtype` stores them.

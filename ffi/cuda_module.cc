@@ -77,8 +77,7 @@ ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
   }
   if (params->B * params->HV * params->V == 0) return ffi::Error::Success();
-  const auto plan = PlanDecode(*params, ChooseTile(*params));
-  return ErrorOf(Launch(*plan, *params, stream));
+  return ErrorOf(Launch(PlanDecode(*params, *ChooseKernel(*params)), *params, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
@@ -112,9 +111,10 @@ Tensor TensorOf(const PythonTensor& x) {
 }
 
 // The launch that these operands would get, without a device: for tests that run the
-// kernels' PTX. VT overrides the planner's tile.
+// kernels' PTX. `kernel`, a symbol, overrides the planner's.
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
-              bool use_qk_l2norm, int32_t state_layout, std::optional<int> VT) {
+              bool use_qk_l2norm, int32_t state_layout,
+              const std::optional<std::string>& kernel) {
   const auto tensor = [&](const char* name) { return TensorOf(operands.at(name)); };
   const auto optional = [&](const char* name) -> std::optional<Tensor> {
     return operands.count(name) ? std::optional(tensor(name)) : std::nullopt;
@@ -131,9 +131,15 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
   if (auto why = WhyUnsupported(params.B, params.HV, params.K, params.V)) {
     throw nb::value_error(why->c_str());
   }
-  const auto found = PlanDecode(params, VT.value_or(ChooseTile(params)));
-  if (!found) throw nb::value_error("no kernel has this VT, or it does not divide V");
-  const LaunchPlan& plan = *found;
+  const Kernel* chosen = ChooseKernel(params);
+  if (kernel) {
+    chosen = nullptr;
+    for (const Kernel& other : DecodeKernels(params.layout)) {
+      if (other.symbol == *kernel && Fits(other, params)) chosen = &other;
+    }
+    if (chosen == nullptr) throw nb::value_error("no such kernel, or it does not fit");
+  }
+  const LaunchPlan plan = PlanDecode(params, *chosen);
   nb::dict result;
   result["symbol"] = plan.kernel->symbol;
   result["grid"] = nb::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
@@ -161,7 +167,7 @@ NB_MODULE(_cuda, m) {
   m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
         nb::arg("V"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),
-        nb::arg("state_layout") = 0, nb::arg("VT") = nb::none());
+        nb::arg("state_layout") = 0, nb::arg("kernel") = nb::none());
   m.def("kernel_symbols", [] {
     std::vector<std::string> symbols;
     for (Layout layout : {Layout::kKV, Layout::kVK}) {

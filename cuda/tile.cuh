@@ -1,0 +1,181 @@
+// A thread's part of a K x VT tile of a state laid out [K, V], and sums over its rows.
+#ifndef JAX_GDN_CUDA_TILE_CUH_
+#define JAX_GDN_CUDA_TILE_CUH_
+
+#include "cuda/head.cuh"
+#include "cuda/state.cuh"
+
+namespace jax_gdn {
+
+// The classes of rows whose sums are the leaves of the tree over K.
+constexpr int kClasses = 16;
+
+template <DType kState_, int K_, int VT_, int kRowGroups_, bool kStreaming_,
+          int kMinBlocks_, bool kStep_>
+struct Tile {
+  static constexpr DType kState = kState_;
+  static constexpr int K = K_, VT = VT_;
+  static constexpr bool kStep = kStep_;
+  static constexpr int kColumns = kValues<kState>;  // of a thread
+  static constexpr int kLanes = VT / kColumns;      // that share a row
+  static constexpr int kRowGroups = kRowGroups_;
+  static constexpr int kThreads = kLanes * kRowGroups;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kWarpGroups = 32 / kLanes;
+  static constexpr int kOwnClasses = kClasses / kRowGroups;  // of a thread
+  static constexpr int kQuads = K / (4 * kClasses);          // of a class
+  static constexpr int kRows = K / kRowGroups;               // of a thread
+  // Tokens whose inputs are staged at once, a warp each.
+  static constexpr int kTokens = kStep ? 1 : kWarps < 4 ? kWarps : 4;
+  static constexpr bool kStreaming = kStreaming_;  // see LoadState
+  static constexpr int kMinBlocks = kMinBlocks_;   // on a multiprocessor
+  // A 16-bit state stays as it is stored where one token is all there is to do.
+  static constexpr bool kPacked = kStep && kState != DType::kFloat32;
+  static_assert(K % 64 == 0 && kThreads % 32 == 0 && kLanes <= 32);
+
+  struct Shared {
+    HeadInputs<K, !kStep> in[kTokens];
+    // k^T S and q^T S, a partial sum a warp; of this token and the next.
+    alignas(16) float p[kStep ? 1 : 2][kWarps][VT];
+    alignas(16) float r[kStep ? 1 : 2][kWarps][VT];
+  };
+};
+
+// A thread's place in the block.
+template <typename T>
+struct Thread {
+  int lane, warp;
+  int column;  // the first of its C
+  int group;   // its rows are of the classes group, group + G, ...
+
+  // The tree over classes pairs c and c + 8, then c and c + 4, + 2, + 1. Neighbouring
+  // groups of lanes, then of warps, are paired first: bits in reverse.
+  __device__ __forceinline__ Thread()
+      : lane(threadIdx.x % 32), warp(T::kWarps == 1 ? 0 : threadIdx.x / 32) {
+    column = T::kColumns * (lane % T::kLanes);
+    constexpr int kUnused = __builtin_clz(T::kRowGroups - 1);
+    group = __brev(threadIdx.x / T::kLanes) >> kUnused;
+  }
+
+  // Row r of quad j of its class c.
+  __device__ __forceinline__ int Quad(int c, int j) const {
+    return 4 * (group + c * T::kRowGroups + j * kClasses);
+  }
+};
+
+template <int C>
+struct Columns {
+  float x[C];
+};
+
+template <int C>
+__device__ __forceinline__ Columns<C> operator+(const Columns<C>& x,
+                                                const Columns<C>& y) {
+  Columns<C> sum;
+#pragma unroll
+  for (int c = 0; c < C; ++c) sum.x[c] = x.x[c] + y.x[c];
+  return sum;
+}
+
+// Where four of VT columns lie in shared memory, when a thread owns C: the first four
+// of all threads, then the second, so that neighbouring lanes meet no bank twice.
+template <typename T>
+__device__ __forceinline__ int PlaceOf(int column) {
+  return column % T::kColumns / 4 * (4 * T::kLanes) + column / T::kColumns * 4;
+}
+
+// A thread's columns to and from shared memory.
+template <typename T>
+__device__ __forceinline__ void PutColumns(const Columns<T::kColumns>& from, float* to,
+                                           int column) {
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    *reinterpret_cast<float4*>(to + PlaceOf<T>(column + c)) =
+        make_float4(from.x[c], from.x[c + 1], from.x[c + 2], from.x[c + 3]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Columns<T::kColumns> GetColumns(const float* from,
+                                                           int column) {
+  Columns<T::kColumns> to;
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    const float4 x = *reinterpret_cast<const float4*>(from + PlaceOf<T>(column + c));
+    to.x[c] = x.x, to.x[c + 1] = x.y, to.x[c + 2] = x.z, to.x[c + 3] = x.w;
+  }
+  return to;
+}
+
+// Adds the sums of warps [kFirst, kFirst + kCount) as a balanced tree.
+template <typename T, int kFirst, int kCount>
+__device__ __forceinline__ Columns<T::kColumns> TreeSum(const float (*sums)[T::VT],
+                                                        int column) {
+  if constexpr (kCount == 1) {
+    return GetColumns<T>(sums[kFirst], column);
+  } else {
+    return TreeSum<T, kFirst, kCount / 2>(sums, column) +
+           TreeSum<T, kFirst + kCount / 2, kCount / 2>(sums, column);
+  }
+}
+
+// The sums over the groups of a warp.
+template <typename T>
+__device__ __forceinline__ void AddGroups(Columns<T::kColumns>& sums) {
+#pragma unroll
+  for (int offset = T::kLanes; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int c = 0; c < T::kColumns; ++c) {
+      sums.x[c] += __shfl_xor_sync(0xffffffffu, sums.x[c], offset);
+    }
+  }
+}
+
+// The state's part that a thread owns: its quads' rows in order.
+template <typename T, bool kPacked = T::kPacked>
+struct Owned {
+  float s[T::kRows][T::kColumns];
+
+  __device__ __forceinline__ void Unpack(const uint4 (&bits)[T::kRows]) {
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) UnpackState<T::kState>(bits[i], s[i]);
+  }
+  __device__ __forceinline__ void Get(int i, float (&row)[T::kColumns]) const {
+#pragma unroll
+    for (int c = 0; c < T::kColumns; ++c) row[c] = s[i][c];
+  }
+  __device__ __forceinline__ void Set(int i, const float (&row)[T::kColumns]) {
+#pragma unroll
+    for (int c = 0; c < T::kColumns; ++c) s[i][c] = row[c];
+  }
+  __device__ __forceinline__ uint4 Bits(int i) const {
+    return PackState<T::kState>(s[i]);
+  }
+  __device__ __forceinline__ void ForgetUnpacked() {}
+};
+
+template <typename T>
+struct Owned<T, true> {
+  uint4 bits[T::kRows];
+
+  __device__ __forceinline__ void Unpack(const uint4 (&loaded)[T::kRows]) {
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) bits[i] = loaded[i];
+  }
+  __device__ __forceinline__ void Get(int i, float (&row)[T::kColumns]) const {
+    UnpackState<T::kState>(bits[i], row);
+  }
+  __device__ __forceinline__ void Set(int i, const float (&row)[T::kColumns]) {
+    bits[i] = PackState<T::kState>(row);
+  }
+  __device__ __forceinline__ uint4 Bits(int i) const { return bits[i]; }
+  // Both forms at once would not fit.
+  __device__ __forceinline__ void ForgetUnpacked() {
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) Forget(bits[i]);
+  }
+};
+
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CUDA_TILE_CUH_
