@@ -137,8 +137,6 @@ __device__ __forceinline__ RawToken<T> LoadToken(const DecodeParams& p, int64_t 
                                                  int64_t key_head, unsigned hv, int row,
                                                  int lane) {
   RawToken<T> x;
-  x.q = LoadVector<T, T::kStep>(p.q, key_head * T::K, lane);
-  x.k = LoadVector<T, T::kStep>(p.k, key_head * T::K, lane);
   Load(p.A_log + hv, x.A_log);
   x.b = LoadRaw<1, T::kStep>(p.b, head);
   x.a = x.dt_bias = {};
@@ -148,6 +146,9 @@ __device__ __forceinline__ RawToken<T> LoadToken(const DecodeParams& p, int64_t 
   }
   x.v = LoadRaw<1, T::kStep>(p.v, head * (T::kStep ? T::K : p.V) + row);
   __syncwarp();  // The compiler moves no access across.
+  x.q = LoadVector<T, T::kStep>(p.q, key_head * T::K, lane);
+  x.k = LoadVector<T, T::kStep>(p.k, key_head * T::K, lane);
+  __syncwarp();
   return x;
 }
 
@@ -259,24 +260,29 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
   }
   __syncwarp();  // The compiler moves no access across.
 
-  // A token's inputs are on their way before the state is looked at.
   const auto load = [&](int64_t t) {
     const auto head = token(t) * p.HV + hv, key_head = token(t) * p.H + KeyHead(p, hv);
     return LoadToken<T>(p, head, key_head, hv, first_row + OwnRow<T>(lane), lane);
   };
-  RawToken<T> raw = load(0);
   float s[T::kRows][T::kOwn];
+  const auto unpack = [&] {
 #pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
+    for (int i = 0; i < T::kRows; ++i) {
 #pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-      UnpackState<T::kState>(bits[i][part], &s[i][part * T::kWidth]);
+      for (int part = 0; part < T::kParts; ++part) {
+        UnpackState<T::kState>(bits[i][part], &s[i][part * T::kWidth]);
+      }
     }
-  }
+  };
+  // A token's inputs are on their way before the state is looked at. That is done
+  // ahead of a loop, which would otherwise keep the state's bits too.
+  RawToken<T> raw = load(0);
+  if constexpr (!T::kStep) unpack();
 #pragma unroll 1
   for (int64_t t = 0; t < tokens; ++t) {
-    if (t > 0) raw = load(t);
+    if (!T::kStep && t > 0) raw = load(t);
     const int32_t wanted = WantedSlot(p, n, t, read);
+    if constexpr (T::kStep) unpack();
     DecodeToken<T>(p, token(t) * p.HV + hv, hv, first_row, lane, raw, s);
     if (!T::kStep && !p.snapshots && t + 1 < tokens) continue;
     if (CheckSlot(p, wanted) == kNoSlot) continue;
@@ -302,7 +308,7 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
 #define JAX_GDN_IS_STREAMING_streaming true
 #define JAX_GDN_IS_STREAMING_plain false
 #define JAX_GDN_DEFINE(kind, name, dtype, K, VT, access, max_states)                   \
-  extern "C" __global__ void __launch_bounds__(32) JAX_GDN_NAME(                       \
+  extern "C" __global__ void __launch_bounds__(32, 1) JAX_GDN_NAME(                    \
       kind, name, K, VT, access)(const __grid_constant__ DecodeParams p) {             \
     DecodeRows<                                                                        \
         Rows<dtype, K, VT, JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>>(p); \
