@@ -331,11 +331,13 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
   X(step, f32, DType::kFloat32, K, 64, 16, false, 1, kMany)                             \
   X(step, bf16, DType::kBFloat16, K, 32, 8, true, 1, 256)                               \
   X(step, bf16, DType::kBFloat16, K, 64, 8, false, K <= 128 ? 6 : 1, 2048)              \
-  X(step, bf16, DType::kBFloat16, K, 128, 8, false, 1, kMany)                           \
   X(decode, bf16, DType::kBFloat16, K, 16, 16, true, 1, 256)                            \
   X(decode, bf16, DType::kBFloat16, K, 64, 16, false, K <= 128 ? 3 : 1, kMany)          \
   X(decode, f16, DType::kFloat16, K, 16, 16, true, 1, 256)                              \
   X(decode, f16, DType::kFloat16, K, 64, 16, false, 1, kMany)
+// Where K, which is V, has such columns.
+#define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
+  X(step, bf16, DType::kBFloat16, K, 128, 8, false, 1, kMany)
 // The registers of a float32 state: 8 groups where they allow.
 #define JAX_GDN_FOR_EACH_F32_TILE(X, K, G)                                              \
   X(decode, f32, DType::kFloat32, K, 16, G, true, 1, 256)                               \
@@ -343,6 +345,7 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_TILE(X, 64) JAX_GDN_FOR_EACH_TILE(X, 128)                            \
   JAX_GDN_FOR_EACH_TILE(X, 192) JAX_GDN_FOR_EACH_TILE(X, 256)                           \
+  JAX_GDN_FOR_EACH_WIDE_TILE(X, 128) JAX_GDN_FOR_EACH_WIDE_TILE(X, 256)                 \
   JAX_GDN_FOR_EACH_F32_TILE(X, 64, 8) JAX_GDN_FOR_EACH_F32_TILE(X, 128, 8)              \
   JAX_GDN_FOR_EACH_F32_TILE(X, 192, 16) JAX_GDN_FOR_EACH_F32_TILE(X, 256, 16)
 // clang-format on

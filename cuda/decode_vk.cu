@@ -242,6 +242,7 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
 
   const int32_t read = ReadSlot(p, n);
   if (read == kNoSlot) {
+#pragma unroll 1
     for (int64_t t = 0; t < tokens && lane % T::kSameRow == 0; ++t) {
       Store1(p.out, (token(t) * int64_t{p.HV} + hv) * p.V + first_row + OwnRow<T>(lane),
              0.0f);

@@ -38,13 +38,13 @@ def shipped(symbol: str) -> Program:
 
 
 def plan_decode(
-    operands, *, scale: float, use_qk_l2norm=True, state_layout="KV", VT=None
+    operands, *, scale: float, use_qk_l2norm=True, state_layout="KV", kernel=None
 ) -> dict:
     """Asks the library for a launch; operands are (address, dtype, shape) by name."""
     from jax_gdn import _cuda
 
     layout = LAYOUTS.index(state_layout)
-    return _cuda.plan(operands, scale, use_qk_l2norm, layout, VT)
+    return _cuda.plan(operands, scale, use_qk_l2norm, layout, kernel)
 
 
 def touched_slots(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +132,7 @@ def decode(
     use_qk_l2norm: bool = True,
     state_layout: str = "KV",
     out_dtype: np.dtype | None = None,
-    VT: int | None = None,
+    kernel: str | None = None,
     edit: Callable[[str], str] | None = None,
     edit_plan: Callable[[dict], dict] = lambda plan: plan,
     approximate_by: float = 0,
@@ -140,7 +140,8 @@ def decode(
     """One `jax_gdn.decode` on the machine; `inputs` may hold slots.
 
     Slots that the call does not read hold nothing, as far as the machine knows; those
-    that it does not write must stay unwritten. `edit` changes the kernel's PTX and
+    that it does not write must stay unwritten. `kernel` is a symbol to take instead of the
+    planned one. `edit` changes the kernel's PTX and
     `edit_plan` its launch, to plant defects.
     """
     arrays = dict(inputs)
@@ -158,7 +159,7 @@ def decode(
         scale=inputs["q"].shape[-1] ** -0.5 if scale is None else scale,
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
-        VT=VT,
+        kernel=kernel,
     )
     program = None
     if edit is not None:

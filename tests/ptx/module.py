@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 
+from cases import Case
+
 from ptx.parser import Kernel, parse
 
 
@@ -32,6 +34,8 @@ class Instance:
     state: str  # dtype, likewise
     K: int
     VT: int
+    variant: str  # groups of rows ("KV") or kind of access ("VK")
+    step: bool  # takes only what a decode loop fixes
 
     @property
     def item_bytes(self) -> int:
@@ -41,22 +45,40 @@ class Instance:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 2 * self.VT if self.layout == "KV" else 32
+        if self.layout == "VK":
+            return 32
+        columns = 16 // self.item_bytes  # of a thread
+        return self.VT // columns * int(self.variant.removeprefix("g"))
 
     @property
     def accesses(self) -> int:
         """Of 16 bytes, with which a thread reads its part of the state."""
         return self.K * self.VT * self.item_bytes // (16 * self.threads)
 
+    def fits(self, case: Case) -> bool:
+        """Whether the kernel computes such a call."""
+        narrow = {case.q, case.k, case.v, case.a, case.b, case.output or case.q}
+        common = case.T == 1 and case.V == case.K and not case.per_channel
+        return (
+            (case.layout, case.state, case.K) == (self.layout, self.state, self.K)
+            and case.V % self.VT == 0
+            and (not self.step or (common and narrow == {"bfloat16"}))
+        )
+
 
 def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
-    match = re.fullmatch(r"gdn_decode_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)", symbol)
+    match = re.fullmatch(
+        r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_(g\d+|streaming|plain)", symbol
+    )
     if match is None:
         raise ValueError(f"a symbol that says nothing: {symbol}")
-    layout, state, K, VT = match.groups()
+    kind, layout, state, K, VT, variant = match.groups()
     states = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-    return Instance(symbol, layout.upper(), states[state], int(K), int(VT))
+    sizes = int(K), int(VT)
+    return Instance(
+        symbol, layout.upper(), states[state], *sizes, variant, kind == "step"
+    )
 
 
 def instances() -> list[Instance]:

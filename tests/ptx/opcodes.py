@@ -73,6 +73,11 @@ def _multiply_wide(a, b):
     return a.astype(wide) * b.astype(wide)
 
 
+def _reverse_bits(a):
+    bits = np.unpackbits(a.view("u1").reshape(-1, 4), axis=1)  # of bytes, low to high
+    return np.packbits(bits[:, ::-1], axis=1).view(a.dtype).ravel()
+
+
 def _multiply_add(a, b, c):
     return a * b + c
 
@@ -138,12 +143,12 @@ OPERATIONS: dict[str, Operation] = dict(
         _special("rsqrt.approx.f32", 1, floats.rsqrt),
         _special("div.approx.f32", 2, floats.div),
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
-        *(_integer(name, operator.sub) for name in ("sub.s32",)),
+        _integer("sub.s32", operator.sub),
         *(_integer(name, operator.mul) for name in ("mul.lo.s64",)),
         *(_integer(name, operator.and_) for name in ("and.b32", "and.b64", "and.pred")),
         *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),
-        _integer("xor.b32", operator.xor),
-        ("not.pred", Operation("pred", ("pred",), operator.invert, "integer")),
+        _integer("xor.pred", operator.xor),
+        ("brev.b32", Operation("b32", ("b32",), _reverse_bits, "integer")),
         ("mad.lo.s32", Operation("s32", ("s32",) * 3, _multiply_add, "integer")),
         *(_shift(name, _shift_left) for name in ("shl.b32", "shl.b64")),
         *(
@@ -156,12 +161,13 @@ OPERATIONS: dict[str, Operation] = dict(
         ("prmt.b32", Operation("b32", ("b32",) * 3, _permute_bytes, "integer")),
         *(
             _compare(f"setp.eq.{kind}", operator.eq)
-            for kind in ("s16", "s32", "s64", "f32")
+            for kind in ("s16", "s32", "b32", "s64", "f32")
         ),
         *(_compare(f"setp.ne.{kind}", operator.ne) for kind in ("s16", "s32", "s64")),
         *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32", "s64")),
         *(_compare(f"setp.gt.{kind}", operator.gt) for kind in ("s32", "u32", "s64")),
         _compare("setp.ge.s64", operator.ge),
+        _compare("setp.le.s64", operator.le),
         *(
             (f"selp.{kind}", Operation(kind, (kind, kind, "pred"), _select, "integer"))
             for kind in ("b32", "b64", "f32")

@@ -44,7 +44,7 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
 SHUFFLES = ("shfl.sync.bfly.b32", "shfl.sync.idx.b32")
 CONTROL = ("bra", "bra.uni", "ret", "bar.sync", "bar.warp.sync", *SHUFFLES)
 
-MOVES = ("mov.u16", "mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32")
+MOVES = ("mov.u16", "mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32", "mov.pred")
 
 Step = Callable  # (batch, lanes) -> None
 Getter = Callable  # (batch, lanes) -> array, or a scalar

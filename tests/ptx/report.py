@@ -109,11 +109,9 @@ def measure(symbol: str) -> Row:
     """Runs an instance and adds up what one of its blocks costs."""
     one = module.instance_of(symbol)
     K, VT = one.K, one.VT
-    V = max(VT, 16)  # no smaller one is planned
+    V = K if one.step else max(VT, 16)  # no smaller one is planned
     blocks = V // VT
-    result = launch.decode(inputs(one, V), state_layout=one.layout, VT=VT)
-    if result.plan["symbol"] != symbol:
-        raise ValueError(f"planned {result.plan['symbol']}, not {symbol}")
+    result = launch.decode(inputs(one, V), state_layout=one.layout, kernel=symbol)
     counters, threads = result.counters, result.plan["block"][0]
     resources = module.resources()[symbol]
     sectors = {

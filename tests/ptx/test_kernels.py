@@ -1,10 +1,11 @@
 """The kernels that ship, on the machine, judged as every implementation is."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, F32, Case
+from cases import CASES, DTYPES, Case
 from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 from ptx import launch, module
@@ -38,19 +39,18 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
 
 def of_instance(one: module.Instance, **changes) -> Case:
     sizes = {"K": one.K, "layout": one.layout, "state": one.state}
+    sizes["V"] = one.K if one.step else SMALL.V
     return dataclasses.replace(SMALL, **{**sizes, **changes})
 
 
-def tiles(case: Case) -> list[int]:
-    """What the planner may choose for a call."""
-    wanted = (case.layout, case.state, case.K)
-    found = (o.VT for o in INSTANCES if (o.layout, o.state, o.K) == wanted)
-    return [VT for VT in found if case.V % VT == 0]
+def fitting(case: Case) -> list[str]:
+    """The kernels that may be chosen for a call."""
+    return [one.symbol for one in INSTANCES if one.fits(case)]
 
 
 def test_these_are_all_instances():
     symbols = {one.symbol for one in INSTANCES}
-    assert len(symbols) == 60
+    assert len(symbols) == 74
     assert symbols == set(module.kernels())
 
 
@@ -67,51 +67,77 @@ def test_float64_whatever_approx_instructions_answer(case, approximate_by):
 
 @INSTANCE
 def test_every_instance(one):
-    """Each with several tokens, a decay a channel, a pool and snapshots."""
-    slots = {"N": 6, "reads": (4, -1), "writes": ((1, 4), (2, 3))}
-    for case in (of_instance(one), of_instance(one, T=2, per_channel=True, **slots)):
-        result = run(case, VT=one.VT)
+    """Each with a pool, and several tokens, snapshots and a decay a channel."""
+    slots = {"N": 6, "reads": (4, -1)}
+    if one.step:
+        pool = of_instance(one, writes=(2, 3), **slots)
+    else:
+        writes = ((1, 4), (2, 3))
+        pool = of_instance(one, T=2, per_channel=True, writes=writes, **slots)
+    for case in (of_instance(one), pool):
+        result = run(case, kernel=one.symbol)
         assert result.plan["symbol"] == one.symbol
         judge(case, result)
 
 
-@LAYOUTS
-@STATES
+@INSTANCE
+def test_a_kernel_that_does_not_fit_is_refused(one):
+    cases = [of_instance(one, V=one.VT // 2)]
+    if one.step:
+        changes = ({"T": 2}, {"per_channel": True}, {"V": 2 * one.K}, {"b": "float32"})
+        cases += [of_instance(one, **change) for change in changes]
+        cases += [of_instance(one, output="float32"), of_instance(one, q="float16")]
+    for case in cases:
+        assert not one.fits(case)
+        if case.V % 16 == 0:
+            with pytest.raises(ValueError, match="fit"):
+                run(case, kernel=one.symbol)
+
+
+@pytest.mark.parametrize(
+    ("layout", "state"),
+    [c for c in itertools.product(("KV", "VK"), DTYPES) if c != ("VK", "float16")],
+    ids=str,
+)
 @pytest.mark.parametrize("K", [64, 128, 192, 256])
-def test_every_tile_and_every_run_has_the_same_bits(layout, state, K):
-    case = dataclasses.replace(SMALL, K=K, T=2, layout=layout, state=state, **F32)
-    found = tiles(case)
+def test_every_kernel_has_the_same_bits(layout, state, K):
+    case = dataclasses.replace(SMALL, K=K, V=K, layout=layout, state=state)
+    found = fitting(case)
     assert len(found) > 1
-    first = run(case, VT=found[0])
-    for VT in found:
-        again = run(case, VT=VT)
+    first = run(case, kernel=found[0])
+    for kernel in found[1:]:
+        again = run(case, kernel=kernel)
         for name in ("out", "state"):
             assert_same_bits(again.arrays[name], first.arrays[name])
 
 
 @LAYOUTS
 @STATES
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(layout, state):
-    case = Case(B=5, T=2, H=1, HV=3, V=64, layout=layout, state=state, **F32)
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(layout, state, T):
+    case = Case(B=5, T=T, H=1, HV=3, K=64, V=64, layout=layout, state=state)
     inputs, per_head = case.inputs(), ("A_log", "dt_bias")
-    for VT in tiles(case):
-        batch = run(case, VT=VT)
+    for kernel in fitting(case):
+        batch = run(case, kernel=kernel)
         for row in range(case.B):
             own = {n: x if n in per_head else x[[row]] for n, x in inputs.items()}
-            alone = launch.decode(own, **case.settings, VT=VT)
+            alone = launch.decode(own, **case.settings, kernel=kernel)
             for name in ("out", "state"):
                 assert_same_bits(alone.arrays[name][0], batch.arrays[name][row])
 
 
 @LAYOUTS
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_four_calls_have_the_bits_of_one(layout, per_channel):
-    case = Case(B=2, T=4, H=1, HV=2, V=32, layout=layout, per_channel=per_channel)
+def test_five_calls_have_the_bits_of_one(layout, per_channel):
+    case = Case(B=2, T=5, H=1, HV=2, layout=layout, per_channel=per_channel)
     one, state = run(case), case.inputs()["state"]
+    # So the bits of a "step" kernel are those of one that loops.
+    assert "_decode_" in one.plan["symbol"]
     for t in range(case.T):
         step = {n: x[:, [t]] for n, x in case.inputs().items() if n in "qkvab"}
         call = {**case.inputs(), **step, "state": state}
         result = launch.decode(call, **case.settings)
+        assert ("_step_" in result.plan["symbol"]) != per_channel
         assert_same_bits(result.arrays["out"][:, 0], one.arrays["out"][:, t])
         state = result.arrays["state"]
     assert_same_bits(state, one.arrays["state"])
@@ -147,7 +173,7 @@ def test_offsets_beyond_32_bits(one):
         buffers.append(Buffer(name, window, array, name != "out"))
     assert N * inputs["state"].size > 2**32
     plan = launch.plan_decode(
-        operands, scale=case.K**-0.5, state_layout=one.layout, VT=one.VT
+        operands, scale=case.K**-0.5, state_layout=one.layout, kernel=one.symbol
     )
     whole = np.ones(1, bool)
     judge(case, launch.run_plan(plan, buffers, written={"out": whole, "state": whole}))

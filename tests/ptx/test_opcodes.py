@@ -51,7 +51,6 @@ EXPECTED = {
     "mul.lo.s64": operator.mul,
     "mul.wide.s32": operator.mul,
     "mul.wide.u32": operator.mul,
-    "xor.b32": operator.xor,
     "mul.hi.u32": lambda a, b: (a * b) >> 32,
     "and.b32": operator.and_,
     "and.b64": operator.and_,
@@ -65,6 +64,7 @@ EXPECTED = {
     "shr.s64": lambda a, b: a >> min(b, 64),
     "setp.eq.s16": operator.eq,
     "setp.eq.s32": operator.eq,
+    "setp.eq.b32": operator.eq,
     "setp.eq.s64": operator.eq,
     "setp.ne.s16": operator.ne,
     "setp.ne.s32": operator.ne,
@@ -76,6 +76,7 @@ EXPECTED = {
     "setp.gt.u32": operator.gt,
     "setp.gt.s64": operator.gt,
     "setp.ge.s64": operator.ge,
+    "setp.le.s64": operator.le,
 }
 
 
@@ -93,10 +94,16 @@ def test_integers(opcode):
         assert actual.tolist() == wrapped(expected, operation.result)
 
 
+def test_reversed_bits():
+    a = np.array([0, 1, 2, 0x80000000, 0x12345678, 0xFFFFFFFF], np.uint32)
+    expected = [int(f"{x:032b}"[::-1], 2) for x in a.tolist()]
+    assert OPERATIONS["brev.b32"].compute(a).tolist() == expected
+
+
 def test_every_integer_operation_is_tested():
-    tested_elsewhere = {"prmt.b32", "setp.eq.f32", "mad.lo.s32"}
+    tested_elsewhere = {"brev.b32", "prmt.b32", "setp.eq.f32", "mad.lo.s32"}
     tested_elsewhere |= {f"selp.{kind}" for kind in ("b32", "b64", "f32")}
-    tested_elsewhere |= {"and.pred", "or.pred", "not.pred"}
+    tested_elsewhere |= {"and.pred", "or.pred", "xor.pred"}
     integers = {name for name, op in OPERATIONS.items() if op.kind == "integer"}
     assert integers == set(EXPECTED) | tested_elsewhere
 
@@ -121,7 +128,7 @@ def test_predicates():
     a, b = np.array([[False, True, False, True], [False, False, True, True]])
     both = (OPERATIONS[f"{name}.pred"].compute(a, b).tolist() for name in ("and", "or"))
     assert list(both) == [[False, False, False, True], [False, True, True, True]]
-    assert OPERATIONS["not.pred"].compute(a).tolist() == [True, False, True, False]
+    assert OPERATIONS["xor.pred"].compute(a, b).tolist() == [False, True, True, False]
 
 
 def test_multiply_add_wraps():
