@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def _axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str]:
+def axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str]:
     """Returns the axes that an argument must have, given the others."""
     choices = _ARGUMENTS[name][0]
     if name == "state":
@@ -52,7 +52,7 @@ def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Arra
     """Returns the arrays, by argument name, if they fit the table and each other."""
     sizes: dict[str, int] = {}
     for name, x in arrays.items():
-        axes = _axes_of(name, arrays, state_layout)
+        axes = axes_of(name, arrays, state_layout)
         if not isinstance(x, jax.Array):
             raise TypeError(
                 f"jax_gdn.decode: `{name}` must be an array "

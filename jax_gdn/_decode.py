@@ -6,8 +6,9 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_gdn._checks import check_arrays, check_settings
-from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings, bind_decode
+from jax_gdn._checks import axes_of, check_arrays, check_settings
+from jax_gdn._gradient import differentiable
+from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings
 
 
 def decode(
@@ -130,9 +131,12 @@ def _decode(
     K = given["q"].shape[-1]
     settings = Settings(
         operands=tuple(given),
+        axes=tuple(tuple(axes_of(name, given, state_layout)) for name in given),
         scale=K**-0.5 if scale is None else float(scale),
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
+        implementation=implementation,
     )
     with jax.named_scope("jax_gdn.decode"):
-        return bind_decode(settings, *given.values(), implementation=implementation)
+        out, state = differentiable(settings, *given.values())
+    return out, state
