@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from cases import Case
-from hlo import calls, copies, state_aliases
+from hlo import calls, copies, opcodes, state_aliases
 from jax.sharding import SingleDeviceSharding
 from test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
 
@@ -61,16 +61,6 @@ def compile_for(h100, program, donate: bool):
     donated = (0,) if donate else ()
     call = jax.jit(program, donate_argnums=donated)
     return call.lower(*arguments(program, h100)).compile()
-
-
-def opcodes(text: str) -> set[str]:
-    """Returns the operations outside fused computations."""
-    bodies = re.findall(r"^(?:ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-    found: set[str] = set()
-    for name, body in bodies:
-        if not name.startswith(("fused_", "wrapped_")):
-            found.update(re.findall(r"= (?:\([^=]*?\)|\S+) ([\w-]+)\(", body))
-    return found
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
