@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, export
 
 _FLOAT32 = ("float32",)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -85,6 +85,11 @@ def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Arra
 
 def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:
     for axis in axes:
+        if axis not in ("B", "T", "N") and export.is_symbolic_dim(sizes[axis]):
+            raise ValueError(
+                f"jax_gdn.decode: `{name}` must have a known {axis}, only B, T and N "
+                f"may be symbolic; got {sizes[axis]}."
+            )
         if axis not in ("B", "N") and sizes[axis] < 1:
             raise ValueError(
                 f"jax_gdn.decode: `{name}` must have {axis} >= 1; got {sizes[axis]}."

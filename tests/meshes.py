@@ -32,6 +32,12 @@ def host_arrays(case: Case) -> dict[str, np.ndarray]:
     return case.inputs() | case.slots
 
 
+def split(arrays) -> tuple:
+    """Returns the state, and the rest by name: what a step takes."""
+    rest = dict(arrays)
+    return rest.pop("state"), rest
+
+
 def put(arrays, mesh: Mesh, specs: dict[str, P]) -> dict[str, jax.Array]:
     # Copies: memory that NumPy owns cannot be donated.
     return {

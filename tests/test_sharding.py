@@ -17,6 +17,7 @@ from meshes import (
     on_one_device,
     put,
     specs_of,
+    split,
     step,
 )
 
@@ -29,11 +30,6 @@ POOL = {"N": 6, "reads": (5, 0, 3, -1), "writes": (1, 6, 3, 4)}
 
 def case(**changes) -> Case:
     return Case(**SIZES | changes)
-
-
-def split(arrays) -> tuple:
-    rest = dict(arrays)
-    return rest.pop("state"), rest
 
 
 def compile_and_run(case: Case, mesh, specs, function=None):
