@@ -32,6 +32,11 @@ def host_arrays(case: Case) -> dict[str, np.ndarray]:
     return case.inputs() | case.slots
 
 
+def label(parameter) -> str:
+    """Returns the name of a test's parameter."""
+    return parameter.id if isinstance(parameter, Case) else str(parameter)
+
+
 def split(arrays) -> tuple:
     """Returns the state, and the rest by name: what a step takes."""
     rest = dict(arrays)

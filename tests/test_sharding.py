@@ -13,6 +13,7 @@ from meshes import (
     KINDS,
     assert_same_bits,
     host_arrays,
+    label,
     mesh_of,
     on_one_device,
     put,
@@ -67,7 +68,7 @@ IN_PLACE = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("case", "specs"), IN_PLACE, ids=str)
+@pytest.mark.parametrize(("case", "specs"), IN_PLACE, ids=label)
 def test_rows_and_heads_split_in_place(case, specs, kind):
     mesh = mesh_of(kind)
     text, shard, kept, _ = compile_and_run(case, mesh, specs_of(case, **specs))
@@ -107,7 +108,7 @@ def test_sharded_values_lead_where_the_state_is_whole():
         (case(**POOL), {"b": None, "state": P("b", "h")}),  # over N
         (case(**POOL), {"b": "b"}),  # rows, each of which may write any slot
     ],
-    ids=str,
+    ids=label,
 )
 def test_other_splits_gather_and_are_right(case, specs, kind):
     text, *_ = compile_and_run(case, mesh_of(kind), specs_of(case, **specs))
