@@ -50,6 +50,12 @@ def decode(
     nothing: in eager code, and where the state is not donated, the caller's array is
     left as it was, at the price of one copy.
 
+    Under `jax.vmap` it stays one call, for any arguments but one shared pool. On a mesh
+    the split of B and HV is that of the state, and nothing is communicated; a split of
+    K, V or N is gathered. Derivatives, of either mode, are those of the jnp form:
+    reverse mode keeps the operands, so one state for each call, and about T + 2 states
+    more while it differentiates one.
+
     Args:
         q: Queries, [B, T, H, K], float16, bfloat16 or float32.
         k: Keys, [B, T, H, K], float16, bfloat16 or float32.
@@ -87,9 +93,11 @@ def decode(
 
     Raises:
         ValueError: Shapes disagree, HV is no multiple of H, `state_layout` or
-            `implementation` is unknown, or `output_state_indices` comes alone.
+            `implementation` is unknown, `output_state_indices` comes alone, or mapped
+            calls share a pool.
         TypeError: A dtype or a static argument has the wrong type.
-        NotImplementedError: `implementation="native"` where there is no such kernel.
+        NotImplementedError: `implementation="native"` where there is no such kernel;
+            or inside a `jax.shard_map` that leaves axes of the mesh to XLA.
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
