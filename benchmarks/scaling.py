@@ -15,8 +15,6 @@ from pathlib import Path
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import Case
 from hlo import collectives
@@ -37,14 +35,17 @@ def compiled_step(case: Case, shape: tuple[int, int]):
     }
     state, rest = split(types)
     compiled = jax.jit(step(case), donate_argnums=0).lower(state, rest).compile()
-    return compiled, compiled.memory_analysis().alias_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return compiled, memory.alias_size_in_bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Decode on a pod, on paper.")
     parser.add_argument("--devices", type=int, default=64)
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s")
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", COMPILED)
     print(
         f"| rows x heads of {COMPILED} | collectives | state a device, read and ",
         end="",

@@ -126,9 +126,10 @@ def on_mesh(settings: Settings, call: Call, *operands: Array) -> list[Array]:
     operands = tuple(map(jax.sharding.reshard, operands, shardings))
     if AxisType.Auto in mesh.axis_types:
         # XLA has a say too: let it split the axes of both kinds.
-        out, new_state = jax.sharding.auto_axes(
+        auto: Any = jax.sharding.auto_axes(
             ft.partial(call, settings), axes=tuple(named), out_sharding=shardings[-2:]
-        )(*operands)
+        )
+        out, new_state = auto(*operands)
     else:
         out, new_state = jax.shard_map(
             _on_shard(settings, call, sizes, shards, H),
