@@ -53,8 +53,8 @@ def decode(
     Under `jax.vmap` it stays one call, for any arguments but one shared pool. On a mesh
     the split of B and HV is that of the state, and nothing is communicated; a split of
     K, V or N is gathered. Derivatives, of either mode, are those of the jnp form:
-    reverse mode keeps the operands, so one state for each call, and about 3 T + 4 states
-    more while it differentiates one.
+    reverse mode keeps the operands, so one state for each call, and about 3 T + 4
+    states more while it differentiates one.
 
     Args:
         q: Queries, [B, T, H, K], float16, bfloat16 or float32.
