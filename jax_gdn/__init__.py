@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from jax_gdn._decode import decode as decode
 from jax_gdn._reference import reference_decode as reference_decode
+from jax_gdn._registration import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 
 __version__ = version("jax-gdn")
-__all__ = ["__version__", "decode", "reference_decode"]
+__all__ = ["DISABLE_JAX_EXPORT_CHECKS", "__version__", "decode", "reference_decode"]

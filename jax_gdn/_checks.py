@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, export
 
 _FLOAT32 = ("float32",)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def _axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str]:
+def axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str]:
     """Returns the axes that an argument must have, given the others."""
     choices = _ARGUMENTS[name][0]
     if name == "state":
@@ -52,7 +52,7 @@ def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Arra
     """Returns the arrays, by argument name, if they fit the table and each other."""
     sizes: dict[str, int] = {}
     for name, x in arrays.items():
-        axes = _axes_of(name, arrays, state_layout)
+        axes = axes_of(name, arrays, state_layout)
         if not isinstance(x, jax.Array):
             raise TypeError(
                 f"jax_gdn.decode: `{name}` must be an array "
@@ -85,6 +85,11 @@ def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Arra
 
 def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:
     for axis in axes:
+        if axis not in ("B", "T", "N") and export.is_symbolic_dim(sizes[axis]):
+            raise ValueError(
+                f"jax_gdn.decode: `{name}` must have a known {axis}, only B, T and N "
+                f"may be symbolic; got {sizes[axis]}."
+            )
         if axis not in ("B", "N") and sizes[axis] < 1:
             raise ValueError(
                 f"jax_gdn.decode: `{name}` must have {axis} >= 1; got {sizes[axis]}."

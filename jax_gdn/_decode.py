@@ -6,8 +6,9 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_gdn._checks import check_arrays, check_settings
-from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings, bind_decode
+from jax_gdn._checks import axes_of, check_arrays, check_settings
+from jax_gdn._gradient import differentiable
+from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings
 
 
 def decode(
@@ -49,6 +50,12 @@ def decode(
     nothing: in eager code, and where the state is not donated, the caller's array is
     left as it was, at the price of one copy.
 
+    Under `jax.vmap` it stays one call, for any arguments but one shared pool. On a mesh
+    the split of B and HV is that of the state, and nothing is communicated; a split of
+    K, V or N is gathered. Derivatives, of either mode, are those of the jnp form:
+    reverse mode keeps the operands, so one state for each call, and about 3 T + 4
+    states more while it differentiates one.
+
     Args:
         q: Queries, [B, T, H, K], float16, bfloat16 or float32.
         k: Keys, [B, T, H, K], float16, bfloat16 or float32.
@@ -86,9 +93,11 @@ def decode(
 
     Raises:
         ValueError: Shapes disagree, HV is no multiple of H, `state_layout` or
-            `implementation` is unknown, or `output_state_indices` comes alone.
+            `implementation` is unknown, `output_state_indices` comes alone, or mapped
+            calls share a pool.
         TypeError: A dtype or a static argument has the wrong type.
-        NotImplementedError: `implementation="native"` where there is no such kernel.
+        NotImplementedError: `implementation="native"` where there is no such kernel;
+            or inside a `jax.shard_map` that leaves axes of the mesh to XLA.
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
@@ -130,9 +139,12 @@ def _decode(
     K = given["q"].shape[-1]
     settings = Settings(
         operands=tuple(given),
+        axes=tuple(tuple(axes_of(name, given, state_layout)) for name in given),
         scale=K**-0.5 if scale is None else float(scale),
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
+        implementation=implementation,
     )
     with jax.named_scope("jax_gdn.decode"):
-        return bind_decode(settings, *given.values(), implementation=implementation)
+        out, state = differentiable(settings, *given.values())
+    return out, state

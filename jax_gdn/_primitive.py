@@ -1,19 +1,24 @@
-"""The operation as XLA sees it: which platform runs what, and what is aliased."""
+"""The call itself: the native one, and the same in jnp.
+
+What stands around it, outermost first, each in its file:
+
+    _gradient    derivatives, by the jnp form
+    _batching    vmap: mapped axes go in front of B
+    _sharding    a mesh: every device works on its own shard
+    _platforms   the native call where there is one, else the jnp form
+"""
 
 import dataclasses
 import functools as ft
-import warnings
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from jax_gdn import _registration
 from jax_gdn._reference import reference_decode
-
-_WAY_OUT = 'Pass implementation="xla" for the jnp form, which runs anywhere.'
 
 REQUIRED = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
 # In the order of the bits that tell the native handlers which of them there are.
@@ -26,40 +31,36 @@ class Settings:
     """What is fixed when a call is traced; hashable."""
 
     operands: tuple[str, ...]  # names, in the order of REQUIRED and OPTIONAL
+    axes: tuple[tuple[str, ...], ...]  # of each operand, without mapped ones
     scale: float
     use_qk_l2norm: bool
     state_layout: str
+    implementation: str | None
+    mapped: int = 0  # leading axes, put by vmap before B and before N
+
+    @property
+    def has_rows(self) -> list[bool]:
+        """Whether each operand has the mapped axes; the weights have not."""
+        return [axes[0] in ("B", "N") for axes in self.axes]
+
+    @property
+    def has_pool(self) -> bool:
+        return "state_indices" in self.operands
+
+    def index(self, name: str) -> int:
+        return self.operands.index(name)
 
 
-def _why_not_cuda(q: Array, v: Array) -> str | None:
-    """Returns why the CUDA kernel cannot take these shapes, or None."""
-    if _registration.cuda is None:
-        return "this build of jax_gdn has no CUDA kernels"
-    B, _, HV, V = v.shape
-    return _registration.cuda.why_unsupported(B, HV, q.shape[-1], V)
+def xla(settings: Settings, *operands: Array) -> list[Array]:
+    """The definition, for operands with any number of mapped axes."""
+    call = ft.partial(_xla_unmapped, settings)
+    in_axes = [0 if rows else None for rows in settings.has_rows]
+    for _ in range(settings.mapped):
+        call = jax.vmap(call, in_axes)
+    return call(*operands)
 
 
-def _native(settings: Settings, *operands: Array) -> list[Array]:
-    # Types from the definition carry shardings and varying axes too.
-    results = jax.eval_shape(ft.partial(_xla, settings), *operands)
-    index = {name: i for i, name in enumerate(settings.operands)}
-    aliases = {index["state"]: 1}
-    if "output" in index:
-        aliases[index["output"]] = 0
-    call = jax.ffi.ffi_call(
-        _registration.DECODE_TARGET, results, input_output_aliases=aliases
-    )
-    bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in index)
-    return call(
-        *operands,
-        scale=np.float32(settings.scale),
-        use_qk_l2norm=settings.use_qk_l2norm,
-        state_layout=np.int32(STATE_LAYOUTS.index(settings.state_layout)),
-        optional_operands=np.int32(bits),
-    )
-
-
-def _xla(settings: Settings, *operands: Array) -> list[Array]:
+def _xla_unmapped(settings: Settings, *operands: Array) -> list[Array]:
     arguments = dict(zip(settings.operands, operands, strict=True))
     out, state = reference_decode(
         **arguments,
@@ -72,51 +73,52 @@ def _xla(settings: Settings, *operands: Array) -> list[Array]:
     return [out if output is None else output.at[...].set(out), state]
 
 
-# Says, when a program is lowered for a platform without a native kernel, that it
-# is: an identity on one operand that leaves nothing behind. Which platform that is
-# is known no earlier.
-_without_native_p = Primitive("jax_gdn_without_native")
-_without_native_p.def_impl(lambda x, **_: x)
-_without_native_p.def_abstract_eval(lambda x, **_: x)
-batching.defvectorized(_without_native_p)
+def native(settings: Settings, *operands: Array) -> list[Array]:
+    """The native call, for operands with any number of mapped axes."""
+    if not settings.mapped:
+        return _native_unmapped(settings, *operands)
+    v, state = (operands[settings.index(name)] for name in ("v", "state"))
+    folded = _fold(settings, operands)
+    out, new_state = _native_unmapped(settings, *folded)
+    return [out.reshape(v.shape), new_state.reshape(state.shape)]
 
 
-def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
-    if reason is None:
-        names = ctx.module_context.platforms or ("this platform",)
-        reason = f"there is no native kernel for {', '.join(names)}"
-    if required:
-        raise NotImplementedError(
-            f'jax_gdn.decode: implementation="native" cannot run: {reason}. {_WAY_OUT}'
-        )
-    warnings.warn(f"jax_gdn.decode falls back to the XLA form: {reason}.", stacklevel=2)
-    return [x]
+def _fold(settings: Settings, operands: tuple[Array, ...]) -> list[Array]:
+    """Makes one axis of the mapped ones and B, or N."""
+    mapped = settings.mapped
+    folded = [
+        x.reshape(math.prod(x.shape[: mapped + 1]), *x.shape[mapped + 1 :])
+        if rows
+        else x
+        for x, rows in zip(operands, settings.has_rows, strict=True)
+    ]
+    if settings.has_pool:
+        *pools, N = operands[settings.index("state")].shape[: mapped + 1]
+        first = N * jnp.arange(math.prod(pools), dtype=jnp.int32)
+        for i, name in enumerate(settings.operands):
+            if name.endswith("state_indices"):
+                slots = operands[i].reshape(math.prod(pools), -1)
+                inside = (slots >= 0) & (slots < N)
+                # Outside its own pool must not become inside the next one.
+                slots = jnp.where(inside, slots + first[:, None], -1)
+                folded[i] = slots.reshape(folded[i].shape)
+    return folded
 
 
-mlir.register_lowering(_without_native_p, _lower_without_native)
-
-
-def bind_decode(
-    settings: Settings, *operands: Array, implementation: str | None
-) -> tuple[Array, Array]:
-    """Stages the call; what runs is decided when it is lowered for a platform."""
-    xla = ft.partial(_xla, settings)
-    if implementation == "xla":
-        out, state = xla(*operands)
-        return out, state
-
-    def without_native(reason: str | None, *operands: Array) -> list[Array]:
-        q = _without_native_p.bind(
-            operands[0], reason=reason, required=implementation == "native"
-        )
-        return xla(q, *operands[1:])
-
-    native = ft.partial(_native, settings)
-    why_not_cuda = _why_not_cuda(operands[0], operands[2])
-    out, state = jax.lax.platform_dependent(
-        *operands,
-        cpu=native,
-        cuda=ft.partial(without_native, why_not_cuda) if why_not_cuda else native,
-        default=ft.partial(without_native, None),
+def _native_unmapped(settings: Settings, *operands: Array) -> list[Array]:
+    # Types from the definition carry shardings and varying axes too.
+    results = jax.eval_shape(ft.partial(_xla_unmapped, settings), *operands)
+    aliases = {settings.index("state"): 1}
+    if "output" in settings.operands:
+        aliases[settings.index("output")] = 0
+    call = jax.ffi.ffi_call(
+        _registration.DECODE_TARGET, results, input_output_aliases=aliases
     )
-    return out, state
+    bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in settings.operands)
+    return call(
+        *operands,
+        scale=np.float32(settings.scale),
+        use_qk_l2norm=settings.use_qk_l2norm,
+        state_layout=np.int32(STATE_LAYOUTS.index(settings.state_layout)),
+        optional_operands=np.int32(bits),
+    )

@@ -36,23 +36,25 @@ def reference_decode(
     output_state_indices: Array | None = None,
 ) -> tuple[Array, Array]:
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
-    N, B, K = state.shape[0], q.shape[0], q.shape[-1]
-    factor = K**-0.5 if scale is None else scale
-    read = jnp.arange(B) if state_indices is None else state_indices
-    write = read if output_state_indices is None else output_state_indices
-    there = (read >= 0) & (read < N)  # the other rows are padding
-    S = state[jnp.where(there, read, 0)].astype(jnp.float32)
-    S = S if state_layout == "KV" else S.mT
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    S, there, read, write = state, None, state_indices, output_state_indices
+    if read is not None:
+        write = read if write is None else write
+        there = (read >= 0) & (read < state.shape[0])  # the other rows are padding
+        S = state[jnp.where(there, read, 0)]
+    every_token = write is not None and write.ndim == 2
+    S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
 
     def step(S, token):
         out, S = _decode_token(S, token, A_log, dt_bias, use_qk_l2norm)
-        return S, (factor * out, S if write.ndim == 2 else None)
+        return S, (factor * out, S if every_token else None)
 
     tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in (q, k, v, a, b)]
     S, (out, snapshots) = lax.scan(step, S, tokens)
-    out = jnp.where(there[:, None, None, None], jnp.moveaxis(out, 0, 1), 0)
     S = S if snapshots is None else jnp.moveaxis(snapshots, 0, 1)
-    state = _write_slots(state, write, there, S if state_layout == "KV" else S.mT)
+    state = _stored(S if state_layout == "KV" else S.mT, state, write, there)
+    out = jnp.moveaxis(out, 0, 1)
+    out = out if there is None else jnp.where(there[:, None, None, None], out, 0)
     return out.astype(q.dtype if output is None else output.dtype), state
 
 
@@ -73,8 +75,10 @@ def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
     return jnp.sum(q[..., None] * S, axis=2), S
 
 
-def _write_slots(state, write, there, S):
+def _stored(S, state, write, there):
     """Puts S [B, HV, ..], or [B, T, HV, ..], where `write` [B], or [B, T], says."""
+    if write is None:
+        return S.astype(state.dtype)
     there = there[:, None] if write.ndim == 2 else there
     inside = there & (write >= 0) & (write < state.shape[0])
     slots = jnp.where(inside, write, state.shape[0])

@@ -10,10 +10,15 @@ from types import ModuleType
 
 import jax
 import jaxlib
+from jax import export
 
 # Targets are global to the process and stay in exported programs, so the name
 # carries the version of the call's signature.
 DECODE_TARGET = "jax_gdn.decode.v1"
+
+# For `jax.export.export(..., disabled_checks=...)`: a target keeps its meaning, so a
+# program that calls it may be kept.
+DISABLE_JAX_EXPORT_CHECKS = (export.DisabledSafetyCheck.custom_call(DECODE_TARGET),)
 
 
 def runtime_ffi_version() -> tuple[int, int]:

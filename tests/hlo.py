@@ -1,4 +1,4 @@
-"""Reading compiled programs: calls, aliases and copies."""
+"""Reading compiled programs: calls, aliases, copies and collectives."""
 
 import re
 
@@ -23,3 +23,19 @@ def copies(text: str, shape: tuple[int, ...], dtype: str = "f32") -> int:
     plain = re.findall(rf"= {array}\S* copy(?:-start)?\(", text)
     fused = re.findall(rf"= {array}\S* fusion\([^\n]*copy", text)
     return len(plain) + len(fused)
+
+
+def collectives(text: str) -> list[str]:
+    """Lists the operations by which devices wait for each other, sorted."""
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return sorted(re.findall(rf" ({names})(?:-start)?\(", text))
+
+
+def opcodes(text: str) -> set[str]:
+    """Returns the operations outside fused computations."""
+    bodies = re.findall(r"^(?:ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+    found: set[str] = set()
+    for name, body in bodies:
+        if not name.startswith(("fused_", "wrapped_")):
+            found.update(re.findall(r"= (?:\([^=]*?\)|\S+) ([\w-]+)\(", body))
+    return found

@@ -5,6 +5,8 @@ plugin compiles for a described device; nothing runs. That a program compiles at
 proves that the CUDA handlers are registered and speak the plugin's FFI version.
 """
 
+import ctypes
+import math
 import os
 import re
 from pathlib import Path
@@ -12,11 +14,15 @@ from pathlib import Path
 import jax
 import pytest
 from cases import Case
-from hlo import calls, copies, state_aliases
-from jax.sharding import SingleDeviceSharding
+from hlo import calls, collectives, copies, opcodes, state_aliases
+from jax import lax
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from meshes import KINDS, host_arrays, label, mesh_of, specs_of, split, step
 from test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
 
 import jax_gdn
+from jax_gdn import _registration
 
 OUT_BYTES = 4 * 4 * 128 * 2
 DESCRIPTION = Path(__file__).parent / "h100.txtpb"
@@ -27,22 +33,50 @@ FREE = {"parameter", "custom-call", "get-tuple-element", "tuple", "bitcast", "co
 LOOP = FREE | {"while", "add", "compare", "fusion", "copy", "dynamic-update-slice"}
 
 
-@pytest.fixture(scope="module")
-def h100():
+def devices_of(shape: str) -> list:
     from jax.experimental import topologies
 
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",
             target_config=DESCRIPTION.read_text(encoding="utf-8"),
-            topology="1x1x1",
+            topology=shape,
         )
     except Exception as error:
         message = f"JAX's CUDA plugin cannot compile for an H100 here: {error}"
         if os.environ.get("JAX_GDN_REQUIRE_H100") == "1":
             pytest.fail(message)
         pytest.skip(message)
-    return SingleDeviceSharding(topology.devices[0])
+    return topology.devices
+
+
+@pytest.fixture(scope="module")
+def h100():
+    return SingleDeviceSharding(devices_of("1x1x1")[0])
+
+
+@pytest.fixture(scope="module")
+def eight_h100s():
+    return devices_of("1x1x8")
+
+
+COMMAND_BUFFER_COMPATIBLE = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
+
+
+def ffi_traits(handler) -> int:
+    """Asks an FFI handler for its metadata, and returns its traits.
+
+    The 64-bit words are the structs of xla/ffi/api/c_api.h that the build uses.
+    """
+    metadata = (ctypes.c_size_t * 6)(48, 24)  # size; version: size, ...; traits; ...
+    extension = (ctypes.c_size_t * 4)(32, 1, 0, ctypes.addressof(metadata))
+    frame = (ctypes.c_size_t * 22)(168, ctypes.addressof(extension))
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype = ctypes.c_void_p
+    pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(pointer(handler, None))
+    assert call(ctypes.addressof(frame)) is None
+    return metadata[4] & 0xFFFFFFFF
 
 
 def arguments(program, sharding):
@@ -61,16 +95,6 @@ def compile_for(h100, program, donate: bool):
     donated = (0,) if donate else ()
     call = jax.jit(program, donate_argnums=donated)
     return call.lower(*arguments(program, h100)).compile()
-
-
-def opcodes(text: str) -> set[str]:
-    """Returns the operations outside fused computations."""
-    bodies = re.findall(r"^(?:ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-    found: set[str] = set()
-    for name, body in bodies:
-        if not name.startswith(("fused_", "wrapped_")):
-            found.update(re.findall(r"= (?:\([^=]*?\)|\S+) ([\w-]+)\(", body))
-    return found
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -127,3 +151,101 @@ def test_odd_sizes_fall_back(h100):
     call = jax.jit(lambda *x: jax_gdn.decode(*x))
     with pytest.warns(UserWarning, match="got K = 96"):
         assert calls(call.lower(*specs).compile().as_text()) == 0
+
+
+def compile_on_mesh(devices, kind, case, function, **specs):
+    """Compiles a donating step for a mesh; returns HLO and a device's state shape."""
+    mesh = mesh_of(kind, devices=devices)
+    named = specs_of(case, **specs)
+    arrays = {
+        name: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, named[name])
+        )
+        for name, x in host_arrays(case).items()
+    }
+    state, rest = split(arrays)
+    compiled = jax.jit(function, donate_argnums=0).lower(state, rest).compile()
+    return compiled, state.sharding.shard_shape(state.shape)
+
+
+SHARDED = [
+    (Case(B=4, H=4, HV=8), {}),
+    (Case(B=4, H=4, HV=8, T=3, layout="VK", per_channel=True), {}),
+    (Case(B=4, H=2, HV=8), {"key_heads": None}),
+    (Case(B=4, H=4, HV=8, N=6, reads=(5, 0, 3, -1)), {"b": None}),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("case", "specs"), SHARDED, ids=label)
+def test_eight_devices_do_not_talk(eight_h100s, case, specs, kind):
+    compiled, shard = compile_on_mesh(eight_h100s, kind, case, step(case), **specs)
+    text = compiled.as_text()
+    assert collectives(text) == []
+    assert calls(text) == state_aliases(text) == 1
+    assert copies(text, shard) == 0
+    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * math.prod(shard)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_eight_devices_in_a_scan(eight_h100s, kind):
+    case = Case(B=4, H=4, HV=8)
+
+    def scan(state, rest):
+        return lax.scan(lambda s, _: step(case)(s, rest), state, length=3)
+
+    compiled, shard = compile_on_mesh(eight_h100s, kind, case, scan)
+    text = compiled.as_text()
+    assert collectives(text) == []
+    assert calls(text) == state_aliases(text) == 1
+    assert copies(text, shard) == 0
+
+
+def test_split_over_K_gathers(eight_h100s):
+    """That the counting above would see it."""
+    case = Case(B=4, H=4, HV=8)
+    specs = {"h": None, "key_heads": None, "state": P("b", None, "h")}
+    compiled, _ = compile_on_mesh(eight_h100s, KINDS[0], case, step(case), **specs)
+    assert "all-gather" in collectives(compiled.as_text())
+
+
+@pytest.mark.parametrize("mapped", ["all", "weights too", "nested"])
+def test_vmap_is_one_call_in_place(h100, mapped):
+    """A leading mapped axis joins B without a copy."""
+    arrays = Case(B=3).inputs()
+    weights = () if mapped == "weights too" else ("A_log", "dt_bias")
+    lead = (2, 2) if mapped == "nested" else (2,)
+    specs = {
+        name: jax.ShapeDtypeStruct(
+            x.shape if name in weights else (*lead, *x.shape), x.dtype, sharding=h100
+        )
+        for name, x in arrays.items()
+    }
+    state, rest = split(specs)
+    axes = {name: None if name in weights else 0 for name in rest}
+    call = step(Case())
+    for _ in lead:
+        call = jax.vmap(call, (0, axes))
+    compiled = jax.jit(call, donate_argnums=0).lower(state, rest).compile()
+    text = compiled.as_text()
+    assert calls(text) == state_aliases(text) == 1
+    folded = (math.prod(state.shape[:-3]), *state.shape[-3:])
+    assert copies(text, state.shape) == copies(text, folded) == 0
+    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * math.prod(state.shape)
+
+
+def test_handler_is_command_buffer_compatible():
+    """Asks the registered handler as XLA does, when it decides what to capture."""
+    stages = _registration.cuda.handlers()["decode"]
+    assert ffi_traits(stages["execute"]) == COMMAND_BUFFER_COMPATIBLE
+
+
+def test_command_buffer_options_are_known(h100):
+    """The options of the README compile; what they capture is seen on a GPU."""
+    state, rest = arguments(layers, h100)
+    options = {
+        "xla_gpu_enable_command_buffer": "CUSTOM_CALL",
+        "xla_gpu_graph_min_graph_size": 1,
+    }
+    call = jax.jit(layers, donate_argnums=0, compiler_options=options)
+    assert calls(call.lower(state, rest).compile().as_text()) == 12
