@@ -9,7 +9,8 @@
 //
 // A block owns the K x VT tile of one state. A thread owns C neighbouring columns, 16
 // bytes: 4 of a float32 state, 8 of a 16-bit one. Rows fall into 16 classes: row r is
-// of class r / 4 mod 16. A thread has all rows of 16 / G classes, G being 8 or 16.
+// of class r / 4 mod 16. A thread has all rows of 16 / G neighbouring classes, G being
+// 8 or 16.
 //
 //                  column 0..C-1  C..2C-1    ...   VT-C..VT-1
 //     group 0       thread 0     thread 1   ...   thread L-1        L = VT / C lanes
@@ -18,9 +19,8 @@
 //     group G-1
 //
 // A column's sum over K has one shape, whatever the tile is, so that the tile never
-// changes a bit: the rows of a class in order, then the classes as one balanced tree
-// that pairs c and c + 8, then c and c + 4, + 2, + 1. Its levels fall inside a thread,
-// between lanes, or between warps.
+// changes a bit: the rows of a class in order, then the classes as one balanced tree,
+// neighbours first. Its levels fall inside a thread, between lanes, or between warps.
 //
 // Bytes a state: read once, written once (and once a snapshot). A block's whole tile
 // is on its way before anything waits. Nothing else matters: it is memory-bound.
@@ -58,7 +58,7 @@ __device__ __forceinline__ void ForEachRow(F f) {
     for (int j = 0; j < T::kQuads; ++j) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        f((c * T::kQuads + j) * 4 + r, 4 * (c * T::kRowGroups + j * kClasses) + r);
+        f((c * T::kQuads + j) * 4 + r, 4 * (c + j * kClasses) + r);
       }
     }
   }
@@ -99,12 +99,8 @@ __device__ __forceinline__ Sums<T> SumRows(const DecodeParams& p, const Owned<T>
       }
     }
   }
-#pragma unroll
-  for (int pairs = T::kOwnClasses / 2; pairs > 0; pairs /= 2) {
-#pragma unroll
-    for (int c = 0; c < pairs; ++c) {
-      sums[c] = {sums[c].p + sums[c + pairs].p, sums[c].r + sums[c + pairs].r};
-    }
+  if constexpr (T::kOwnClasses == 2) {
+    sums[0] = {sums[0].p + sums[1].p, sums[0].r + sums[1].r};
   }
   return sums[0];
 }
@@ -329,7 +325,6 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
   X(step, f32, DType::kFloat32, K, 16, 8, true, 1, 256)                                 \
   X(step, f32, DType::kFloat32, K, 64, 8, true, 1, 2048)                                \
   X(step, f32, DType::kFloat32, K, 64, 16, false, 1, kMany)                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, true, 1, 256)                               \
   X(step, bf16, DType::kBFloat16, K, 64, 8, false, K <= 128 ? 6 : 1, 2048)              \
   X(decode, bf16, DType::kBFloat16, K, 16, 16, true, 1, 256)                            \
   X(decode, bf16, DType::kBFloat16, K, 64, 16, false, K <= 128 ? 3 : 1, kMany)          \
@@ -338,16 +333,17 @@ __device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
 // Where K, which is V, has such columns.
 #define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
   X(step, bf16, DType::kBFloat16, K, 128, 8, false, 1, kMany)
-// The registers of a float32 state: 8 groups where they allow.
-#define JAX_GDN_FOR_EACH_F32_TILE(X, K, G)                                              \
+// Where G goes by K: a thread of a larger state would run out of registers.
+#define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
+  X(step, bf16, DType::kBFloat16, K, 32, G, true, 1, 256)                               \
   X(decode, f32, DType::kFloat32, K, 16, G, true, 1, 256)                               \
   X(decode, f32, DType::kFloat32, K, 64, G, false, K <= 128 ? 3 : 1, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
+  JAX_GDN_FOR_EACH_DEEP_TILE(X, 64, 8) JAX_GDN_FOR_EACH_DEEP_TILE(X, 128, 8)            \
+  JAX_GDN_FOR_EACH_DEEP_TILE(X, 192, 16) JAX_GDN_FOR_EACH_DEEP_TILE(X, 256, 16)         \
   JAX_GDN_FOR_EACH_TILE(X, 64) JAX_GDN_FOR_EACH_TILE(X, 128)                            \
   JAX_GDN_FOR_EACH_TILE(X, 192) JAX_GDN_FOR_EACH_TILE(X, 256)                           \
-  JAX_GDN_FOR_EACH_WIDE_TILE(X, 128) JAX_GDN_FOR_EACH_WIDE_TILE(X, 256)                 \
-  JAX_GDN_FOR_EACH_F32_TILE(X, 64, 8) JAX_GDN_FOR_EACH_F32_TILE(X, 128, 8)              \
-  JAX_GDN_FOR_EACH_F32_TILE(X, 192, 16) JAX_GDN_FOR_EACH_F32_TILE(X, 256, 16)
+  JAX_GDN_FOR_EACH_WIDE_TILE(X, 128) JAX_GDN_FOR_EACH_WIDE_TILE(X, 256)
 // clang-format on
 
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)

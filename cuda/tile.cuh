@@ -31,6 +31,7 @@ struct Tile {
   static constexpr int kMinBlocks = kMinBlocks_;   // on a multiprocessor
   // A 16-bit state stays as it is stored where one token is all there is to do.
   static constexpr bool kPacked = kStep && kState != DType::kFloat32;
+  static_assert(kOwnClasses == 1 || kOwnClasses == 2);
   static_assert(K % 64 == 0 && kThreads % 32 == 0 && kLanes <= 32);
 
   struct Shared {
@@ -46,20 +47,17 @@ template <typename T>
 struct Thread {
   int lane, warp;
   int column;  // the first of its C
-  int group;   // its rows are of the classes group, group + G, ...
+  int group;   // that has its rows
 
-  // The tree over classes pairs c and c + 8, then c and c + 4, + 2, + 1. Neighbouring
-  // groups of lanes, then of warps, are paired first: bits in reverse.
   __device__ __forceinline__ Thread()
       : lane(threadIdx.x % 32), warp(T::kWarps == 1 ? 0 : threadIdx.x / 32) {
     column = T::kColumns * (lane % T::kLanes);
-    constexpr int kUnused = __builtin_clz(T::kRowGroups - 1);
-    group = __brev(threadIdx.x / T::kLanes) >> kUnused;
+    group = threadIdx.x / T::kLanes;
   }
 
-  // Row r of quad j of its class c.
+  // The first row of quad j of its class c.
   __device__ __forceinline__ int Quad(int c, int j) const {
-    return 4 * (group + c * T::kRowGroups + j * kClasses);
+    return 4 * (group * T::kOwnClasses + c + j * kClasses);
   }
 };
 

@@ -69,7 +69,8 @@ class Instance:
 def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
     match = re.fullmatch(
-        r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_(g\d+|streaming|plain)", symbol
+        r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_(g\d+|streaming|plain)",
+        symbol,
     )
     if match is None:
         raise ValueError(f"a symbol that says nothing: {symbol}")

@@ -73,11 +73,6 @@ def _multiply_wide(a, b):
     return a.astype(wide) * b.astype(wide)
 
 
-def _reverse_bits(a):
-    bits = np.unpackbits(a.view("u1").reshape(-1, 4), axis=1)  # of bytes, low to high
-    return np.packbits(bits[:, ::-1], axis=1).view(a.dtype).ravel()
-
-
 def _multiply_add(a, b, c):
     return a * b + c
 
@@ -148,7 +143,6 @@ OPERATIONS: dict[str, Operation] = dict(
         *(_integer(name, operator.and_) for name in ("and.b32", "and.b64", "and.pred")),
         *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),
         _integer("xor.pred", operator.xor),
-        ("brev.b32", Operation("b32", ("b32",), _reverse_bits, "integer")),
         ("mad.lo.s32", Operation("s32", ("s32",) * 3, _multiply_add, "integer")),
         *(_shift(name, _shift_left) for name in ("shl.b32", "shl.b64")),
         *(

@@ -101,7 +101,8 @@ def test_every_state_access_is_16_bytes_wide_and_of_full_sectors(one):
 def test_all_else_is_small_beside_the_state(layout, dtype):
     """For the largest tile of a float32 state: 3 %.
 
-    A block of "VK" has 8 or 16 rows, over which q and k are shared, not 64 columns: 8 %.
+    A block of "VK" has 8 rows (16 where not a "step"), over which q and k are shared,
+    not 64 columns: 9 %, which caches answer.
     """
     case = Case(layout=layout, **dict.fromkeys(("q", "k", "v", "a", "b"), dtype))
     found = [o for o in INSTANCES if o.fits(case) and o.step == (dtype == "bfloat16")]
@@ -111,7 +112,7 @@ def test_all_else_is_small_beside_the_state(layout, dtype):
         for name in result.counters.buffers
     }
     share = sum(moved.values()) * SECTOR / (2 * result.arrays["state"].nbytes) - 1
-    assert share < (0.03 if layout == "KV" else 0.08)
+    assert share < (0.03 if layout == "KV" else 0.09)
     assert moved["out"] * SECTOR == result.arrays["out"].nbytes
 
 

@@ -6,11 +6,21 @@ import re
 import pytest
 from cases import Case
 
-from ptx import fault, launch
+from ptx import fault, launch, module
 from ptx.fault import FaultError
 
 pytestmark = pytest.mark.usefixtures("built")
-CASE = Case(B=2, H=1, HV=2, K=64, V=64, q="float32", k="float32")
+LOOP = "gdn_decode_kv_f32_k64_vt64_g8"  # over tokens; of any dtypes
+STEPS = ("vt16_g8", "vt64_g8", "vt64_g16")
+STEPS = tuple(f"gdn_step_kv_f32_k64_{tile}" for tile in STEPS)
+KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS])
+WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # more than one
+STEP_CASE = Case(B=2, H=1, HV=2, K=64, V=64)
+LOOP_CASE = dataclasses.replace(STEP_CASE, q="float32", k="float32")
+
+
+def case_of(kernel: str) -> Case:
+    return LOOP_CASE if "decode" in kernel else STEP_CASE
 
 
 def edited(pattern: str, replacement: str, which: int = 0):
@@ -32,148 +42,152 @@ def edited(pattern: str, replacement: str, which: int = 0):
 BARRIER = r"bar\.sync\s+0;"
 STATE_LOAD = r"(ld\.global(?:\.cs)?\.v4\.u32 \{[^}]*\}), \[(%rd\d+)\]"
 # `out` is stored so, too, where it is float32; as are zeros to it, of one register.
-STREAMING_STORE = r"st\.global\.cs\.v4\.u32 \[(%rd\d+)\], (\{[^}]*\});"
-PLAIN_STORE = r"st\.global\.v4\.f32 \[(%rd\d+)\], (\{[^}]*\});"
+STATE_STORE = (
+    r"(st\.global(?:\.cs)?\.v4\.(?:u32|f32)) \[(%rd\d+)(?:\+\d+)?\], (\{[^}]*\});"
+)
 OUT_STORE = r"st\.global\.v4\.f32 \[%rd\d+\], \{(%f\d+), (?!\1)[^;]*;"
-SHARED_STORE = r"st\.shared\.v2\.f32 \[(%r\d+)\]"
-STORE = {16: "st.global.cs.v4.u32", 32: "st.global.cs.v4.u32"}
-STORE[64] = "st.global.v4.f32"
-TILES = pytest.mark.parametrize("VT", [16, 32, 64])
+NARROW_OUT_STORE = r"st\.global\.v2\.u32 [^;]*;"
+SHARED_STORE = r"(st\.shared\.v2\.[uf]32) \[(%r\d+)\]"
 
 
-def edited_store(VT: int, replacement: str, which: int = 0, stores: int = 8):
-    r"""Edits one of the last `stores` stores, which are the state's.
+def rows_of(kernel: str) -> int:
+    """Of a thread."""
+    return module.instance_of(kernel).accesses
 
-    \1 in the replacement is the address, \\2 the value.
+
+def edited_store(kernel: str, replacement: str, which: int = 0):
+    r"""Edits one of the last stores of 16 bytes, which are the state's.
+
+    \1 in the replacement is the instruction, \\2 the address, \\3 the value.
     """
-    streaming = VT < 64
-    pattern = STREAMING_STORE if streaming else PLAIN_STORE
-    return edited(pattern, replacement, which - stores)
+    return edited(STATE_STORE, replacement, which - rows_of(kernel))
 
 
-def caught_in_kernel(VT: int, *kinds: str, case: Case = CASE, **edits) -> FaultError:
+def caught_in_kernel(
+    kernel: str, *kinds: str, case: Case | None = None, **edits
+) -> FaultError:
+    case = case or case_of(kernel)
     inputs = case.inputs() | case.slots
-    options = {**case.settings, "out_dtype": case.out_dtype, "VT": VT}
+    options = {**case.settings, "out_dtype": case.out_dtype, "kernel": kernel}
     with pytest.raises(FaultError) as caught:
         launch.decode(inputs, **options, **edits)
     assert caught.value.kind in kinds, caught.value
     return caught.value
 
 
-@TILES
-def test_unedited(VT):
-    launch.decode(CASE.inputs(), VT=VT, edit=lambda text: text)
+@KERNELS
+def test_unedited(kernel):
+    launch.decode(case_of(kernel).inputs(), kernel=kernel, edit=lambda text: text)
 
 
-LENGTHS = pytest.mark.parametrize("T", [1, 2])
-
-
-@TILES
-@LENGTHS
-def test_first_barrier_removed(VT, T):
-    case, edit = dataclasses.replace(CASE, T=T), edited(BARRIER, "")
-    found = caught_in_kernel(VT, fault.SHARED_RACE, case=case, edit=edit)
+@WARPS
+@pytest.mark.parametrize("which", [0, 1])
+def test_barrier_removed(kernel, which):
+    # After the inputs are staged, and after the sums of each warp are there. What
+    # loops has one more, before its next round.
+    edit = edited(BARRIER, "", which + (kernel == LOOP))
+    found = caught_in_kernel(kernel, fault.SHARED_RACE, edit=edit)
     assert "shared" in found.instruction
     assert found.line is not None
 
 
-@pytest.mark.parametrize("VT", [32, 64])
-@LENGTHS
-def test_second_barrier_removed(VT, T):
-    case, edit = dataclasses.replace(CASE, T=T), edited(BARRIER, "", 1)
-    found = caught_in_kernel(VT, fault.SHARED_RACE, case=case, edit=edit)
-    assert "ld.shared.v4" in found.instruction
+def test_barrier_of_one_warp_removed():
+    edit = edited(r"bar\.warp\.sync\s+-1;", "", -1)
+    caught_in_kernel(STEPS[0], fault.SHARED_RACE, edit=edit)
 
 
-@TILES
-def test_next_token_staged_over_this_one(VT):
-    case = dataclasses.replace(CASE, T=2)
-    edit = edited(r"(xor\.b32 %r\d+, %r\d+), 1;", r"\1, 0;")
-    caught_in_kernel(VT, fault.SHARED_RACE, fault.UNINITIALISED, case=case, edit=edit)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_barrier_removed_in_a_second_round(which):
+    """Before the next tokens are staged, after, and after the sums are there."""
+    case = dataclasses.replace(LOOP_CASE, T=8)
+    caught_in_kernel(
+        LOOP, fault.SHARED_RACE, case=case, edit=edited(BARRIER, "", which)
+    )
 
 
-@TILES
-def test_barrier_in_the_branch_of_one_lane(VT):
+@WARPS
+def test_barrier_in_the_branch_of_one_lane(kernel):
     # The one that stages the gates.
-    branch = r"setp\.ne\.s32 %p\d+, %r\d+, 0;\s*@%p\d+ bra \$L__BB\w+;"
-    edit = edited(branch, r"\g<0> bar.sync 0;")
-    caught_in_kernel(VT, fault.BARRIER, edit=edit)
+    edit = edited(r"st\.shared\.v4\.f32 [^;]*;", r"bar.sync 0; \g<0>")
+    caught_in_kernel(kernel, fault.BARRIER, edit=edit)
 
 
-@TILES
-@pytest.mark.parametrize("which", [0, 3, 7])
-def test_state_store_one_element_off(VT, which):
-    edit = edited_store(VT, rf"{STORE[VT]} [\1+4], \2;", which)
-    caught_in_kernel(VT, fault.MISALIGNED, edit=edit)
+@KERNELS
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_state_store_one_element_off(kernel, which):
+    edit = edited_store(kernel, r"\1 [\2+4], \3;", which % rows_of(kernel))
+    caught_in_kernel(kernel, fault.MISALIGNED, edit=edit)
 
 
-@TILES
-def test_state_store_one_access_off(VT):
-    edit = edited_store(VT, rf"{STORE[VT]} [\1+16], \2;")
-    caught_in_kernel(VT, fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, edit=edit)
+@KERNELS
+def test_state_store_one_access_off(kernel):
+    edit = edited_store(kernel, r"\1 [\2+16], \3;")
+    caught_in_kernel(kernel, fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, edit=edit)
 
 
-@TILES
-def test_state_load_one_row_off(VT):
-    # The last of K / 8 rows: thread group 7 reads the next head's first row.
-    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * CASE.V}]", CASE.K // 8 - 1)
-    caught_in_kernel(VT, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS, edit=edit)
+@KERNELS
+def test_state_load_one_row_off(kernel):
+    # The last of its rows: the last group reads the next head's first row.
+    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * STEP_CASE.V}]", rows_of(kernel) - 1)
+    caught_in_kernel(kernel, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS, edit=edit)
 
 
-@TILES
-def test_shared_index_one_off(VT):
+@KERNELS
+def test_shared_index_one_off(kernel):
     # q written one float2 further: its first is missing, k's first written twice.
-    edit = edited(SHARED_STORE, r"st.shared.v2.f32 [\1+8]")
-    caught_in_kernel(VT, fault.SHARED_RACE, fault.UNINITIALISED, edit=edit)
+    edit = edited(SHARED_STORE, r"\1 [\2+8]")
+    caught_in_kernel(kernel, fault.SHARED_RACE, fault.UNINITIALISED, edit=edit)
 
 
-@TILES
-def test_row_of_the_state_not_written(VT):
-    edit = edited_store(VT, "")
-    found = caught_in_kernel(VT, fault.UNWRITTEN, edit=edit)
+@KERNELS
+def test_row_of_the_state_not_written(kernel):
+    edit = edited_store(kernel, "")
+    found = caught_in_kernel(kernel, fault.UNWRITTEN, edit=edit)
     assert "state" in found.detail
 
 
-@TILES
-def test_out_not_written(VT):
-    found = caught_in_kernel(VT, fault.UNWRITTEN, edit=edited(OUT_STORE, ""))
+@KERNELS
+def test_out_not_written(kernel):
+    store = OUT_STORE if kernel == LOOP else NARROW_OUT_STORE
+    found = caught_in_kernel(kernel, fault.UNWRITTEN, edit=edited(store, ""))
     assert "out" in found.detail
 
 
-@TILES
-def test_value_vector_not_staged(VT):
+@WARPS
+def test_gates_not_staged(kernel):
     edit = edited(r"st\.shared\.v4\.f32 [^;]*;", "")
-    caught_in_kernel(VT, fault.UNINITIALISED, edit=edit)
+    caught_in_kernel(kernel, fault.UNINITIALISED, edit=edit)
 
 
-@TILES
+@KERNELS
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_one_block_too_many(VT, axis):
+def test_one_block_too_many(kernel, axis):
     def edit_plan(plan):
         grid = list(plan["grid"])
         grid[axis] += 1
         return {**plan, "grid": tuple(grid)}
 
     kinds = (fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT)
-    caught_in_kernel(VT, *kinds, edit_plan=edit_plan)
+    caught_in_kernel(kernel, *kinds, edit_plan=edit_plan)
 
 
-@TILES
+@KERNELS
 @pytest.mark.parametrize("axis", [1, 2])
-def test_one_block_too_few(VT, axis):
+def test_one_block_too_few(kernel, axis):
     def edit_plan(plan):
         grid = list(plan["grid"])
         grid[axis] -= 1
         return {**plan, "grid": tuple(grid)}
 
-    caught_in_kernel(VT, fault.UNWRITTEN, edit_plan=edit_plan)
+    caught_in_kernel(kernel, fault.UNWRITTEN, edit_plan=edit_plan)
 
 
 def test_kernel_for_more_rows():
     def edit_plan(plan):
         return {**plan, "symbol": plan["symbol"].replace("k64", "k128")}
 
-    caught_in_kernel(16, fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT, edit_plan=edit_plan)
+    kinds = fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT
+    caught_in_kernel(STEPS[0], *kinds, edit_plan=edit_plan)
 
 
 def test_kernel_for_fewer_rows():
@@ -181,7 +195,8 @@ def test_kernel_for_fewer_rows():
         return {**plan, "symbol": plan["symbol"].replace("k128", "k64")}
 
     with pytest.raises(FaultError, match=fault.UNWRITTEN):
-        launch.decode(Case(B=1, H=1, HV=1, V=16).inputs(), VT=16, edit_plan=edit_plan)
+        case = Case(B=1, H=1, HV=1, V=16, q="float32")
+        launch.decode(case.inputs(), edit_plan=edit_plan)
 
 
 # One block, one slot of a pool of three.
@@ -189,52 +204,56 @@ SLOT = Case(B=1, H=1, HV=1, K=64, V=64, N=3, reads=(1,))
 SLOT_BYTES = 4 * SLOT.K * SLOT.V
 
 
-@TILES
+@KERNELS
 @pytest.mark.parametrize("offset", [-SLOT_BYTES, SLOT_BYTES])
-def test_a_slot_beside_is_written(VT, offset):
-    also = rf"\g<0> {STORE[VT]} [\1+{offset}], \2;"
-    edit = edited_store(VT, also)
-    found = caught_in_kernel(VT, fault.UNADDRESSED, case=SLOT, edit=edit)
+def test_a_slot_beside_is_written(kernel, offset):
+    also = rf"\g<0> \1 [\2+{offset}], \3;"
+    edit = edited_store(kernel, also)
+    found = caught_in_kernel(kernel, fault.UNADDRESSED, case=SLOT, edit=edit)
     assert "state" in found.detail
 
 
-@TILES
-def test_a_slot_beside_is_read(VT):
+@KERNELS
+def test_a_slot_beside_is_read(kernel):
     edit = edited(STATE_LOAD, rf"\1, [\2+{SLOT_BYTES}]")
-    caught_in_kernel(VT, fault.UNINITIALISED, case=SLOT, edit=edit)
+    caught_in_kernel(kernel, fault.UNINITIALISED, case=SLOT, edit=edit)
 
 
-@TILES
-def test_padding_is_not_padding(VT):
+@KERNELS
+def test_padding_is_not_padding(kernel):
     case = dataclasses.replace(SLOT, reads=(SLOT.N,))
     # The slot's upper bound is not looked at.
-    edit = edited(r"selp\.b64 (%rd\d+), (%rd\d+), -1, %p\d+;", r"mov.u64 \1, \2;")
-    found = caught_in_kernel(VT, fault.OUT_OF_BOUNDS, case=case, edit=edit)
+    edit = edited(r"selp\.b32 (%r\d+), (%r\d+), -1, %p\d+;", r"mov.u32 \1, \2;")
+    found = caught_in_kernel(kernel, fault.OUT_OF_BOUNDS, case=case, edit=edit)
     assert "ld.global" in found.instruction
 
 
-ROWS = dataclasses.replace(CASE, layout="VK")
+ROWS = dataclasses.replace(STEP_CASE, layout="VK")
+
+
+ROWS_KERNEL = "gdn_step_vk_f32_k64_vt8_streaming"
 
 
 def test_vk_state_store_one_access_off():
-    edit = edited_store(4, rf"{STORE[16]} [\1+16], \2;", stores=2)
+    edit = edited_store(ROWS_KERNEL, r"\1 [\2+16], \3;")
     kinds = (fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT)
-    caught_in_kernel(4, *kinds, case=ROWS, edit=edit)
+    caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
 
 
 def test_vk_state_load_one_row_off():
-    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * ROWS.K}]", 1)
+    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * ROWS.K}]", 3)
     kinds = (fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS)
-    caught_in_kernel(4, *kinds, case=ROWS, edit=edit)
+    caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
 
 
 def test_vk_state_not_written():
-    edit = edited_store(4, "", 1, stores=2)
-    caught_in_kernel(4, fault.UNWRITTEN, case=ROWS, edit=edit)
+    edit = edited_store(ROWS_KERNEL, "", 1)
+    caught_in_kernel(ROWS_KERNEL, fault.UNWRITTEN, case=ROWS, edit=edit)
 
 
 def test_vk_shuffle_in_part_of_a_warp():
     branch = r"shfl\.sync\.bfly\.b32"
     edit = edited(branch, r"setp.lt.u32 %p1, %tid.x, 7; @%p1 \g<0>")
     # The other lanes go on without what it brings.
-    caught_in_kernel(4, fault.WARP_SYNC, fault.REGISTER, case=ROWS, edit=edit)
+    kinds = (fault.WARP_SYNC, fault.REGISTER)
+    caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
