@@ -140,9 +140,9 @@ def decode(
     """One `jax_gdn.decode` on the machine; `inputs` may hold slots.
 
     Slots that the call does not read hold nothing, as far as the machine knows; those
-    that it does not write must stay unwritten. `kernel` is a symbol to take instead of the
-    planned one. `edit` changes the kernel's PTX and
-    `edit_plan` its launch, to plant defects.
+    that it does not write must stay unwritten. `kernel` is a symbol to take instead of
+    the planned one. `edit` changes the kernel's PTX and `edit_plan` its launch, to
+    plant defects.
     """
     arrays = dict(inputs)
     arrays["out"] = np.zeros(inputs["v"].shape, out_dtype or inputs["q"].dtype)

@@ -194,8 +194,8 @@ def test_kernel_for_fewer_rows():
     def edit_plan(plan):
         return {**plan, "symbol": plan["symbol"].replace("k128", "k64")}
 
+    case = Case(B=1, H=1, HV=1, V=16, q="float32")
     with pytest.raises(FaultError, match=fault.UNWRITTEN):
-        case = Case(B=1, H=1, HV=1, V=16, q="float32")
         launch.decode(case.inputs(), edit_plan=edit_plan)
 
 
