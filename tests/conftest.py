@@ -12,6 +12,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture
+def host():
+    """Makes the host's first device the default, for tests of small or odd sizes."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture
 def gpu() -> jax.Device:
     """The first CUDA device; without one the test is skipped, or fails if required."""
     try:

@@ -15,6 +15,8 @@ from meshes import host_arrays, on_one_device, split, step
 
 import jax_gdn
 
+pytestmark = pytest.mark.usefixtures("host")
+
 # float32, which files of NumPy know.
 DENSE = Case(B=4, T=2, H=2, HV=4, K=64, V=32, **F32)
 POOL = Case(**DENSE.__dict__ | {"N": 9, "reads": (1, 2, -1, 8)})

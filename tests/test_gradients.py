@@ -16,6 +16,8 @@ from oracle import decode64
 
 import jax_gdn
 
+pytestmark = pytest.mark.usefixtures("host")
+
 SMALL = {"B": 2, "H": 2, "HV": 4, "K": 16, "V": 8, "T": 3}
 FORMS = [
     Case(**SMALL, **F32),

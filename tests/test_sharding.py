@@ -24,6 +24,8 @@ from meshes import (
 
 import jax_gdn
 
+pytestmark = pytest.mark.usefixtures("host")
+
 SIZES = {"B": 4, "H": 4, "HV": 8, "K": 64, "V": 32}
 BOTH = ("b", "h")
 POOL = {"N": 6, "reads": (5, 0, 3, -1), "writes": (1, 6, 3, 4)}

@@ -11,6 +11,8 @@ from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
 
+pytestmark = pytest.mark.usefixtures("host")
+
 SMALL = {"B": 3, "H": 2, "HV": 4, "K": 16, "V": 8}
 E = 3
 NAMES = tuple(Case().inputs())
