@@ -104,7 +104,10 @@ def test_any_in_axes_and_out_axes(implementation):
 
     got = on_one_device(jax.vmap(call, (axes,), (2, -1)), moved)
     want = on_one_device(jax.vmap(call), arrays)
-    assert_same_bits([np.moveaxis(got[0], 2, 0), np.moveaxis(got[1], -1, 0)], want)
+    # XLA forms the gates of an ensemble, and rounds as its layout of them suggests.
+    out, state = (np.float64(np.asarray(x, np.float32)) for x in want)
+    assert_close(np.moveaxis(got[0], 2, 0), out, OUT_TOLERANCE, "out")
+    assert_close(np.moveaxis(got[1], -1, 0), state, STATE_TOLERANCE, "state")
 
 
 def test_output_is_mapped():
