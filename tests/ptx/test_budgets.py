@@ -113,7 +113,8 @@ def test_all_else_is_small_beside_the_state(layout, dtype):
     }
     share = sum(moved.values()) * SECTOR / (2 * result.arrays["state"].nbytes) - 1
     assert share < (0.03 if layout == "KV" else 0.09)
-    assert moved["out"] * SECTOR == result.arrays["out"].nbytes
+    # Eight bfloat16 values are half a sector.
+    assert moved["out"] == max(result.arrays["out"].nbytes // SECTOR, blocks(result))
 
 
 @INSTANCE
