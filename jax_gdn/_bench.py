@@ -1,80 +1,314 @@
 """Timing, the same for the command line and the comparisons with peers."""
 
+import dataclasses
+import functools as ft
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jax_gdn._decode import decode
 
-State = Array
-Step = Callable[[State], State]
+Inputs = dict[str, Any]
+# (state, the other operands) -> (state, out)
+Step = Callable[[Array, Inputs], tuple[Array, Any]]
+
+# XLA leaves runs of fewer than five calls out of command buffers unless told.
+COMMAND_BUFFERS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": "CUSTOM_CALL",
+    "xla_gpu_graph_min_graph_size": 1,
+}
 
 
-def model_inputs(B: int, H: int, HV: int, K: int, V: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One call that is timed, in the axis letters of `decode`."""
+
+    B: int
+    H: int = 16
+    HV: int = 32
+    T: int = 1
+    state_dtype: str = "float32"
+    layout: str = "KV"
+    K: int = 128
+    V: int = 128
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        tile = (self.K, self.V) if self.layout == "KV" else (self.V, self.K)
+        return (self.B, self.HV, *tile)
+
+    @property
+    def state_bytes(self) -> int:
+        entries = self.B * self.HV * self.K * self.V
+        return entries * jnp.dtype(self.state_dtype).itemsize
+
+    @property
+    def family(self) -> str:
+        """What stays when only B changes."""
+        return f"{self.H}/{self.HV} heads, T {self.T}, {self.state_dtype} {self.layout}"
+
+
+def model_inputs(config: Config, seed: int = 0) -> Inputs:
     """Returns random operands of `decode` by name, bfloat16 where models have it."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
+    B, T, H, HV = config.B, config.T, config.H, config.HV
 
     def normal(*shape: int) -> Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
     half = jnp.bfloat16
     return {
-        "q": normal(B, 1, H, K).astype(half),
-        "k": normal(B, 1, H, K).astype(half),
-        "v": normal(B, 1, HV, V).astype(half),
-        "state": normal(B, HV, K, V),
+        "q": normal(B, T, H, config.K).astype(half),
+        "k": normal(B, T, H, config.K).astype(half),
+        "v": normal(B, T, HV, config.V).astype(half),
+        "state": normal(*config.state_shape).astype(config.state_dtype),
         "A_log": jnp.log(jnp.asarray(rng.uniform(0.01, 16, HV), jnp.float32)),
-        "a": normal(B, 1, HV).astype(half),
+        "a": normal(B, T, HV).astype(half),
         "dt_bias": normal(HV),
-        "b": normal(B, 1, HV).astype(half),
+        "b": normal(B, T, HV).astype(half),
     }
 
 
-def decode_step(inputs: dict[str, Any], implementation: str | None) -> Step:
-    """Returns a jitted, donating state -> state step."""
-    rest = {name: x for name, x in inputs.items() if name != "state"}
+def split_state(inputs: Inputs) -> tuple[Array, Inputs]:
+    """Returns the state, and the operands without it."""
+    return inputs["state"], {n: x for n, x in inputs.items() if n != "state"}
 
-    def step(state: State, rest: dict[str, Any]) -> tuple[State, Array]:
-        out, state = decode(state=state, **rest, implementation=implementation)
+
+def decode_step(implementation: str | None, layout: str = "KV") -> Step:
+    def step(state: Array, rest: Inputs) -> tuple[Array, Array]:
+        out, state = decode(
+            state=state, **rest, state_layout=layout, implementation=implementation
+        )
         return state, out
 
-    call = jax.jit(step, donate_argnums=0)
-    return lambda state: call(state, rest)[0]
+    return step
 
 
-def in_place_pass() -> Step:
-    """Returns a jitted step that reads and writes the state once and does no more."""
-    return jax.jit(lambda state: state * jnp.float32(0.999), donate_argnums=0)
+def in_place_pass(state: Array, _: Inputs) -> tuple[Array, tuple[()]]:
+    """Reads and writes the state once and does no more.
 
-
-def seconds_a_step(
-    steps: dict[str, Step], state: State, rounds: int, seconds: float
-) -> dict[str, float]:
-    """Times steps against each other: median seconds of each.
-
-    They take turns, so that whatever else the machine does meets all of them; each
-    turn chains calls through its own donated state, as a decode loop does.
+    A change of sign: repeated, it neither decays into denormals nor overflows.
     """
-    states = {name: jnp.array(state) for name in steps}
-    repeats = {}
-    for name, step in steps.items():
-        states[name] = jax.block_until_ready(step(states[name]))
-        start = time.perf_counter()
-        states[name] = jax.block_until_ready(step(states[name]))
-        once = max(time.perf_counter() - start, 1e-6)
-        repeats[name] = max(1, int(seconds / rounds / len(steps) / once))
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    return -state, ()
+
+
+class Chain(Protocol):
+    """A decode loop: every call takes the state that the one before it left."""
+
+    calls: int  # that one step of `run` makes
+
+    def run(self, steps: int) -> None:
+        """Starts this many steps."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when they are done."""
+        ...
+
+
+class SteppedChain:
+    """Calls from Python, one after the other, over one state or several in turn."""
+
+    calls = 1
+
+    def __init__(
+        self,
+        step: Step,
+        states: list[Array],
+        rests: list[Inputs],
+        donate: bool = True,
+        compiler_options: dict[str, Any] | None = None,
+    ):
+        # keep_unused: a no-op must be handed what the call it stands beside is.
+        self._call = jax.jit(
+            step,
+            donate_argnums=0 if donate else (),
+            keep_unused=True,
+            compiler_options=compiler_options,
+        )
+        self._states = [jnp.array(x) for x in states]
+        self._rests = rests
+        self._next = 0
+        self._out: Any = None
+
+    def run(self, steps: int) -> None:
+        for i in range(self._next, self._next + steps):
+            at = i % len(self._states)
+            self._states[at], self._out = self._call(
+                self._states[at], self._rests[i % len(self._rests)]
+            )
+        self._next += steps
+
+    def wait(self) -> None:
+        jax.block_until_ready((self._states, self._out))
+
+    def result(self) -> tuple[Any, Array]:
+        """Returns `(out, state)` of the first set after `run(1)`."""
+        return self._out, self._states[0]
+
+
+class DeviceChain:
+    """Calls over every set in turn, in one program, so that no host is between them.
+
+    Donated, the repetition is in the program too; not donated, a step is one run of it.
+    """
+
+    def __init__(
+        self, step: Step, states: list[Array], rests: list[Inputs], donate: bool = True
+    ):
+        self.calls = len(states)
+        self._donate = donate
+        self._rests = rests
+
+        # `outs` is carried so that nothing which computes it is dropped.
+        def loop(states, outs, rests, steps):
+            def every_set(_, carry):
+                results = [step(*x) for x in zip(carry[0], rests, strict=True)]
+                return [x for x, _ in results], [out for _, out in results]
+
+            return lax.fori_loop(0, steps, every_set, (states, outs))
+
+        self._call = jax.jit(
+            loop, static_argnums=3, donate_argnums=(0, 1) if donate else ()
+        )
+        self._states = [jnp.array(x) for x in states]
+        shapes = [jax.eval_shape(step, *x)[1] for x in zip(states, rests, strict=True)]
+        self._outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def run(self, steps: int) -> None:
+        # A loop would copy a state once and then work in place: not what is asked.
+        for trips in [steps] if self._donate else [1] * steps:
+            self._states, self._outs = self._call(
+                self._states, self._outs, self._rests, trips
+            )
+
+    def wait(self) -> None:
+        jax.block_until_ready((self._states, self._outs))
+
+    def result(self) -> tuple[Any, Array]:
+        """Returns `(out, state)` of the first set after `run(1)`."""
+        return self._outs[0], self._states[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over rounds of many calls."""
+
+    median: float
+    low: float  # quartiles
+    high: float
+    rounds: int
+    calls: int  # a round
+
+    @classmethod
+    def of(cls, samples: list[float], calls: int) -> "Timing":
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high, len(samples), calls)
+
+
+def measure(
+    chains: dict[str, Any],
+    seconds: float,
+    rounds: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
+    after_round: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Times chains against each other.
+
+    They take turns, so that whatever else the machine does meets all of them. A first
+    step shows how many fill a round; that many are run once before anything counts.
+    """
+
+    def timed(chain: Chain, steps: int) -> float:
+        start = clock()
+        chain.run(steps)
+        chain.wait()
+        return clock() - start
+
+    steps = {}
+    for name, chain in chains.items():
+        timed(chain, 1)
+        once = max(timed(chain, 1), 1e-6)
+        steps[name] = max(1, int(seconds / rounds / len(chains) / once))
+        timed(chain, steps[name])
+    samples: dict[str, list[float]] = {name: [] for name in chains}
     for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                states[name] = step(states[name])
-            jax.block_until_ready(states[name])
-            samples[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(times) for name, times in samples.items()}
+        for name, chain in chains.items():
+            took = timed(chain, steps[name])
+            samples[name].append(took / (steps[name] * chain.calls))
+        after_round()
+    return {
+        name: Timing.of(samples[name], steps[name] * chain.calls)
+        for name, chain in chains.items()
+    }
+
+
+def decode64(inputs: Inputs, rows: list[int], layout: str) -> tuple[Any, Any]:
+    """Returns `(out, state)` of these rows in float64, by NumPy alone.
+
+    Not by `reference_decode`: that is the XLA form, which is one of those timed, and
+    its arithmetic is float32.
+    """
+    shared = ("A_log", "dt_bias")
+    x = {
+        n: np.asarray(x if n in shared else x[np.array(rows)]).astype(np.float64)
+        for n, x in inputs.items()
+    }
+    heads = x["v"].shape[2] // x["q"].shape[2]
+    q, k = (
+        (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6)).repeat(heads, axis=2)
+        for y in (x["q"], x["k"])
+    )
+    decay = np.exp(-np.exp(x["A_log"]) * np.logaddexp(0, x["a"] + x["dt_bias"]))
+    beta = 1 / (1 + np.exp(-x["b"]))
+    S = x["state"] if layout == "KV" else x["state"].swapaxes(-1, -2)
+    out = np.empty_like(x["v"])
+    for t in range(q.shape[1]):
+        S = decay[:, t, :, None, None] * S
+        u = x["v"][:, t] - np.einsum("bhk,bhkv->bhv", k[:, t], S)
+        S = S + k[:, t, ..., None] * (beta[:, t, :, None] * u)[:, :, None]
+        out[:, t] = q.shape[-1] ** -0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return out, S if layout == "KV" else S.swapaxes(-1, -2)
+
+
+def verify(name: str, inputs: Inputs, out: Any, state: Any, layout: str) -> None:
+    """Raises `ArithmeticError` unless results are those of float64.
+
+    Looks at up to eight rows, the first and the last among them: all of a large batch
+    in float64 would need more memory than the batch.
+    """
+    B = inputs["q"].shape[0]
+    rows = sorted({round(i) for i in np.linspace(0, B - 1, min(B, 8))})
+    expected = decode64(inputs, rows, layout)
+    # Some 30 roundings of float32 go into a state entry in a bad case, 2e-6 of the
+    # largest; `out` sums K entries once more. Storing in 16 bits adds a last place.
+    checks = zip(("out", "state"), (out, state), expected, (2e-5, 1e-5), strict=True)
+    for what, array, right, tolerance in checks:
+        actual = np.asarray(array[np.array(rows)])
+        eps = float(jnp.finfo(actual.dtype).eps) if actual.dtype.itemsize == 2 else 0
+        allowed = tolerance * max(1.0, np.abs(right).max()) + eps * np.abs(right)
+        error = np.abs(actual.astype(np.float64) - right)
+        if not (error <= allowed).all():
+            raise ArithmeticError(
+                f"{name}: `{what}` is {np.nanmax(error):.3g} away from float64, "
+                f"{np.isnan(error).sum()} entries are NaN; not timed"
+            )
+
+
+def overhead_chains(implementation: str) -> dict[str, SteppedChain]:
+    """A call with nothing to do beside a no-op that is handed the same arguments."""
+    inputs = model_inputs(Config(B=1, H=1, HV=1, K=64, V=16))
+    state, rest = split_state(inputs)
+
+    def no_op(state: Array, rest: Inputs) -> tuple[Array, Array]:
+        # Arguments returned as they came would not make a program at all.
+        return state + 1, rest["v"] + 1
+
+    make = ft.partial(SteppedChain, states=[state], rests=[rest])
+    return {"decode": make(decode_step(implementation)), "no-op": make(no_op)}

@@ -11,7 +11,7 @@ import jaxlib
 import numpy as np
 
 import jax_gdn
-from jax_gdn import _bench, _registration
+from jax_gdn import _bench, _bench_run, _registration
 
 
 def _native_kernel(device: Any) -> tuple[str | None, str]:
@@ -34,11 +34,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     device = jax.devices()[0]
     kernel, why = _native_kernel(device)
     implementation = "native" if kernel else "xla"
-    B, H, HV, K, V = arguments.batch, 16, 32, 128, 128
-    inputs = _bench.model_inputs(B, H, HV, K, V)
-    steps = {
-        "decode": _bench.decode_step(inputs, implementation),
-        "in-place pass": _bench.in_place_pass(),
+    config = _bench.Config(B=arguments.batch)
+    inputs = _bench.model_inputs(config)
+    state, rest = _bench.split_state(inputs)
+    step = _bench.decode_step(implementation)
+    chains = {
+        "decode": _bench.SteppedChain(step, [state], [rest]),
+        "in-place pass": _bench.SteppedChain(_bench.in_place_pass, [state], [{}]),
     }
 
     out, state = jax_gdn.decode(**inputs, implementation=implementation)
@@ -47,22 +49,24 @@ def _demo(arguments: argparse.Namespace) -> int:
         float(jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))))
         for x, y in ((out, expected_out), (state, expected_state))
     )
+    loop = jax.jit(step, donate_argnums=0)
     state = jnp.array(inputs["state"])
     where = state.unsafe_buffer_pointer()
     for _ in range(8):
-        state = steps["decode"](state)
+        state, _ = loop(state, rest)
     stayed = jax.block_until_ready(state).unsafe_buffer_pointer() == where
-    seconds = _bench.seconds_a_step(steps, inputs["state"], rounds=11, seconds=8)
+    timings = _bench.measure(chains, seconds=8)
 
-    traffic = 2 * inputs["state"].nbytes / 1e9
-    rate = {name: traffic / s for name, s in seconds.items()}
+    seconds = timings["decode"].median
+    traffic = 2 * config.state_bytes / 1e9
+    rate = {name: traffic / timing.median for name, timing in timings.items()}
     share = rate["decode"] / rate["in-place pass"]
     rows = {
         "device": f"{device.device_kind} ({device.platform})",
         "implementation": f"native, {kernel}" if kernel else f"XLA form: {why}",
-        "shapes": f"B {B}, H {H}, HV {HV}, K {K}, V {V}, bfloat16; state float32",
-        "tokens": f"{B / seconds['decode']:,.0f} a second, "
-        f"{seconds['decode'] * 1e6:,.0f} us a step",
+        "shapes": f"B {config.B}, H {config.H}, HV {config.HV}, K {config.K}, "
+        f"V {config.V}, bfloat16; state float32",
+        "tokens": f"{config.B / seconds:,.0f} a second, {seconds * 1e6:,.0f} us a step",
         "state traffic": f"{rate['decode']:,.1f} GB/s; an in-place pass over the same "
         f"bytes: {rate['in-place pass']:,.1f} GB/s ({share:.0%})",
         "largest error": f"{error_state:.1e} in the state, {error_out:.1e} in out "
@@ -101,6 +105,16 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark(arguments: argparse.Namespace) -> int:
+    kernel, why = _native_kernel(jax.devices()[0])
+    try:
+        if kernel is None:
+            raise NotImplementedError(f"jax-gdn bench: no native kernel to time: {why}")
+        return _bench_run.run(arguments)
+    except (ArithmeticError, ImportError, NotImplementedError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
 def _print_rows(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, text in rows.items():
@@ -118,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     info = commands.add_parser("info", help="versions, devices, and what runs on them")
     info.set_defaults(run=_info)
+    bench = commands.add_parser("bench", help="time decode against XLA and the limit")
+    _bench_run.add_options(bench, _positive)
+    bench.set_defaults(run=_benchmark)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -1,0 +1,280 @@
+"""Peers on an NVIDIA GPU, and what FlashInfer's decode gets silently wrong.
+
+Times include the launch from Python, ours too: none is captured in a graph.
+"""
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def _tensors(x: Arrays, layout: str, state_dtype: str) -> dict[str, Any]:
+    """Returns CUDA tensors: gates' weights float32, the rest but the state bfloat16."""
+    import torch
+
+    result = {}
+    for name, array in x.items():
+        if name == "state" and layout == "VK":
+            array = array.swapaxes(-1, -2)
+        dtype = torch.float32 if name in ("A_log", "dt_bias") else torch.bfloat16
+        dtype = getattr(torch, state_dtype) if name == "state" else dtype
+        result[name] = torch.from_numpy(np.ascontiguousarray(array)).cuda().to(dtype)
+    result["output"] = torch.zeros_like(result["v"])
+    return result
+
+
+class TorchPeer:
+    """A peer that works on torch's CUDA tensors; `prepare` gives its call."""
+
+    layout, state_dtype, calls = "KV", "float32", 1
+
+    def __init__(self, x: Arrays):
+        import torch
+
+        call = self.prepare()
+        self._torch = torch
+        self.x = _tensors(x, self.layout, self.state_dtype)
+        self._call = call
+
+    def prepare(self) -> Callable[[dict[str, Any]], None]:
+        raise NotImplementedError
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._call(self.x)
+
+    def wait(self) -> None:
+        self._torch.cuda.synchronize()
+
+    def result(self):
+        return tuple(self.x[name].float().cpu().numpy() for name in ("output", "state"))
+
+
+def _operands(x: dict[str, Any]) -> list[Any]:
+    names = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
+    return [x[name] for name in names]
+
+
+class FlashInferKMajor(TorchPeer):
+    def prepare(self):
+        from flashinfer.gdn_decode import gated_delta_rule_decode as decode
+
+        return lambda x: decode(*_operands(x), None, x["output"])
+
+
+class FlashInferVMajor(TorchPeer):
+    layout = "VK"
+
+    def prepare(self):
+        from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as decode
+
+        return lambda x: decode(*_operands(x), None, x["output"])
+
+
+class FlashInferBfloat16(TorchPeer):
+    """Its bfloat16 kernel is the one that takes a pool."""
+
+    layout, state_dtype = "VK", "bfloat16"
+
+    def prepare(self):
+        import torch
+        from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as decode
+
+        def call(x):
+            if "slots" not in x:
+                x["slots"] = torch.arange(len(x["q"]), dtype=torch.int32, device="cuda")
+            q, k, v, state, *gates = _operands(x)
+            decode(
+                *(q, k, v, None, *gates, None, x["output"]),
+                initial_state=state,
+                initial_state_indices=x["slots"],
+            )
+
+        return call
+
+
+class Fla(TorchPeer):
+    """flash-linear-attention: a new state every call."""
+
+    def prepare(self):
+        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as decode
+
+        def call(x):
+            x["output"], x["state"] = decode(
+                *(x["q"], x["k"], x["v"]),
+                g=x["a"],
+                beta=x["b"],
+                initial_state=x["state"],
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True,
+                A_log=x["A_log"],
+                dt_bias=x["dt_bias"],
+                use_beta_sigmoid_in_kernel=True,
+            )
+
+        return call
+
+
+class Lalamo:
+    """Its Pallas kernel, with gates, norms and repeated heads in the same jit."""
+
+    layout, state_dtype, calls = "VK", "float32", 1
+
+    def __init__(self, x: Arrays):
+        import importlib.util
+
+        import jax
+        import jax.numpy as jnp
+
+        spec = importlib.util.find_spec("lalamo")
+        if spec is None:
+            raise ImportError("lalamo")
+        # The kernel alone: the package's own imports are half an inference stack.
+        for name in ("lalamo", "lalamo.kernels"):
+            module = types.ModuleType(name)
+            folders = list(spec.submodule_search_locations or [])
+            below = "/kernels" if name.endswith("kernels") else ""
+            module.__path__ = [folder + below for folder in folders]
+            sys.modules[name] = module
+        from lalamo.kernels.deltanet.pallas_recurrent import _make_batched_update
+
+        B, _, HV, V = x["v"].shape
+        update = _make_batched_update(B, HV, V)
+
+        def step(state, q, k, v, A_log, a, dt_bias, b):
+            repeats = HV // q.shape[2]
+            q, k = (
+                jnp.repeat(
+                    y / jnp.sqrt((y * y).sum(-1, keepdims=True) + 1e-6), repeats, 2
+                )
+                for y in (q, k)
+            )
+            decay = jnp.exp(-jnp.exp(A_log) * jax.nn.softplus(a + dt_bias))
+            scaled, beta = q * q.shape[-1] ** -0.5, jax.nn.sigmoid(b)
+            operands = (scaled, k, v, decay, beta)
+            operands = [y[:, 0].astype(jnp.float32) for y in operands]
+            state, out = update(*operands, state, jnp.ones(B, bool))
+            return state, out[:, None]
+
+        self._rest = {n: jnp.asarray(y) for n, y in x.items() if n != "state"}
+        self._state = jnp.asarray(x["state"].swapaxes(-1, -2).copy())
+        self._call = jax.jit(step, donate_argnums=0)
+        self._block = jax.block_until_ready
+        self._out: Any = None
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._state, self._out = self._call(self._state, **self._rest)
+
+    def wait(self) -> None:
+        self._block((self._state, self._out))
+
+    def result(self):
+        return self._out, self._state
+
+
+PEERS = {
+    "FlashInfer, K-major": FlashInferKMajor,
+    "FlashInfer, V-major": FlashInferVMajor,
+    "FlashInfer, bfloat16 state": FlashInferBfloat16,
+    "flash-linear-attention": Fla,
+    "lalamo (Pallas)": Lalamo,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    what: str
+    seen: str
+
+
+def _inputs(
+    B: int = 1, K: int = 128, V: int = 128, H: int = 16, HV: int = 32
+) -> Arrays:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    return {
+        **{"q": normal(B, 1, H, K), "k": normal(B, 1, H, K), "v": normal(B, 1, HV, V)},
+        **{"state": normal(B, HV, K, V), "A_log": np.log(rng.uniform(1, 16, HV))},
+        **{"a": normal(B, 1, HV), "dt_bias": normal(HV), "b": normal(B, 1, HV)},
+    }
+
+
+def _error(peer: TorchPeer) -> str:
+    """Returns how far a peer is from float64 on the very values that it is given."""
+    from oracle import decode64
+
+    given = {n: y.double().cpu().numpy() for n, y in peer.x.items() if n != "output"}
+    slots = given.pop("slots", None)
+    assert slots is None
+    expected = decode64(**given, state_layout=peer.layout)
+    peer.run(1)
+    peer.wait()
+    errors = [
+        np.abs(x.astype(np.float64) - y).max() / np.abs(y).max()
+        for x, y in zip(peer.result(), expected, strict=True)
+    ]
+    return "error of out {:.1e}, of the state {:.1e}".format(*errors)
+
+
+def _with_float16(peer: TorchPeer) -> TorchPeer:
+    for name in ("q", "k", "v"):
+        peer.x[name] = peer.x[name].half()
+    peer.x["output"] = peer.x["output"].half()
+    return peer
+
+
+def _write_index_minus_one() -> str:
+    """Returns whether slot 0 keeps its bytes when a row says not to write."""
+    import torch
+    from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as decode
+
+    x = _tensors(_inputs(B=2), "VK", "float32")
+    before = x["state"].clone()
+    q, k, v, pool, *gates = _operands(
+        {n: y[1:] if n in "qkvab" else y for n, y in x.items()}
+    )
+    decode(
+        *(q, k, v, None, *gates, None, x["output"][1:]),
+        initial_state=pool,
+        initial_state_indices=torch.tensor([1], dtype=torch.int32, device="cuda"),
+        output_state_indices=torch.tensor([-1], dtype=torch.int32, device="cuda"),
+    )
+    kept = bool(torch.equal(before[0], pool[0]))
+    return "slot 0 kept" if kept else "slot 0 overwritten"
+
+
+def defects() -> list[Defect]:
+    """Tries each defect; one that is mended or refused with an error shows as that."""
+    large_gate = _inputs()
+    large_gate["a"][:], large_gate["dt_bias"][:] = 100, 0
+    tries: dict[str, Callable[[], str]] = {
+        "K-major, K = 256": lambda: _error(FlashInferKMajor(_inputs(K=256))),
+        "K-major, V = 160": lambda: _error(FlashInferKMajor(_inputs(V=160))),
+        "V-major, float16 q, k, v": lambda: _error(
+            _with_float16(FlashInferVMajor(_inputs()))
+        ),
+        "bfloat16 state, a + dt_bias = 100": lambda: _error(
+            FlashInferBfloat16(large_gate)
+        ),
+        "V-major, write index -1": _write_index_minus_one,
+    }
+    results = []
+    for what, attempt in tries.items():
+        try:
+            results.append(Defect(f"FlashInfer, {what}", attempt()))
+        except ImportError as missing:
+            results.append(Defect(f"FlashInfer, {what}", f"not installed ({missing})"))
+        except Exception as refused:  # an error is the right answer to most of these
+            results.append(Defect(f"FlashInfer, {what}", f"refused: {refused}"[:200]))
+    return results

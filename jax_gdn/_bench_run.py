@@ -1,0 +1,233 @@
+"""`jax-gdn bench`: what is timed, and in which order."""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_gdn import _bench, _bench_machine, _bench_report
+from jax_gdn._bench import Config, DeviceChain, SteppedChain, Timing
+
+BATCHES = (1, 8, 64)
+FULL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Qwen3-Next and its relatives; 2/8 is one rank of eight.
+SHAPES = {"16/32": (16, 32), "16/48": (16, 48), "16/64": (16, 64), "2/8": (2, 8)}
+ROUNDS = 15
+# More than the L2 caches of the GPUs that there are kernels for, 50 to 60 MB.
+COLD_BYTES = 128 * 2**20
+# A state for each of the chains, and what the XLA form holds beside its own.
+STATES_HELD = 10
+
+
+def add_options(parser: argparse.ArgumentParser, positive: Callable) -> None:
+    add = parser.add_argument
+    batches = parser.add_mutually_exclusive_group()
+    batches.add_argument(
+        "--batch", type=positive, nargs="+", default=BATCHES, help="sequences (1 8 64)"
+    )
+    batches.add_argument(
+        "--full",
+        action="store_const",
+        dest="batch",
+        const=FULL_BATCHES,
+        help="every power of two up to 512",
+    )
+    add("--shape", nargs="+", choices=SHAPES, default=["16/32"], help="H/HV (16/32)")
+    add(
+        "--state-dtype",
+        nargs="+",
+        choices=("float32", "bfloat16", "float16"),
+        default=["float32"],
+        help="(float32)",
+    )
+    add("--layout", nargs="+", choices=("KV", "VK"), default=["KV"], help="(KV)")
+    add("--tokens", type=positive, nargs="+", default=[1], help="T (1)")
+    add("--seconds", type=_seconds, default=5.0, help="per configuration (5)")
+    add("--warm", action="store_true", help="GPU: one state, left in the cache")
+    add("--json", type=Path, metavar="FILE", help="write everything there is")
+    add("--plot", type=Path, metavar="FILE.png", help="time and percent of the limit")
+    add("--readme", type=Path, metavar="FILE", help="write the table between markers")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    # What can fail fails before minutes of timing, not after.
+    _bench_report.require("rich", *(["matplotlib"] if arguments.plot else []))
+    if arguments.readme:
+        _bench_report.check_readme(arguments.readme)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    configs, skipped = _fitting(
+        _configs(arguments), arguments.warm, _bench_machine.free_bytes()
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=(len(configs) + 1) * ROUNDS)
+
+        def after_round() -> None:
+            progress.advance(task)
+
+        progress.update(task, description="overhead")
+        overhead = _overhead(arguments.seconds, after_round)
+        results = []
+        for config in configs:
+            progress.update(task, description=f"{config.family}, B {config.B}")
+            results.append(
+                measure_config(config, arguments.seconds, arguments.warm, after_round)
+            )
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": _bench_machine.machine(),
+        "cache": _cache(arguments.warm),
+        "overhead": overhead,
+        "results": results,
+        "skipped": skipped,
+    }
+    # A file or a pipe has no width; rich would take 80.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    _bench_report.print_table(report, console)
+    for line in skipped:
+        console.print(line, highlight=False)
+    if arguments.json:
+        _bench_report.write_json(report, arguments.json)
+    if arguments.plot:
+        _bench_report.write_plot(report, arguments.plot)
+    if arguments.readme:
+        _bench_report.write_readme(report, arguments.readme)
+    return 0
+
+
+def _configs(arguments: argparse.Namespace) -> list[Config]:
+    return [
+        Config(B, *SHAPES[shape], T=T, state_dtype=dtype, layout=layout)
+        for shape in arguments.shape
+        for T in arguments.tokens
+        for dtype, layout in itertools.product(arguments.state_dtype, arguments.layout)
+        for B in sorted(set(arguments.batch))
+    ]
+
+
+def _fitting(
+    configs: list[Config], warm: bool, free: int | None
+) -> tuple[list[Config], list[str]]:
+    """Splits off what memory has no room for, each with a line that says so."""
+    fitting, skipped = [], []
+    for config in configs:
+        needed = config.state_bytes * STATES_HELD * _sets(config, warm)
+        if free is not None and needed > free:
+            skipped.append(
+                f"{config.family}, B {config.B} skipped: needs {needed / 2**30:.1f} "
+                f"GiB, {free / 2**30:.1f} GiB are free"
+            )
+        else:
+            fitting.append(config)
+    return fitting, skipped
+
+
+def _on_gpu() -> bool:
+    return jax.devices()[0].platform == "gpu"
+
+
+def _cache(warm: bool) -> str:
+    if not _on_gpu():
+        return "one state, whatever of it the caches hold"
+    return "one state, warm L2" if warm else "states larger than L2, in turn"
+
+
+def _sets(config: Config, warm: bool) -> int:
+    """How many states take turns, so that each has left the cache when it is next."""
+    if warm or not _on_gpu():
+        return 1
+    return max(2, math.ceil(COLD_BYTES / config.state_bytes))
+
+
+def _chains(config: Config, inputs: list[_bench.Inputs]) -> dict[str, Any]:
+    pairs = [_bench.split_state(x) for x in inputs]
+    rests = [rest for _, rest in pairs]
+    native = _bench.decode_step("native", config.layout)
+    xla = _bench.decode_step("xla", config.layout)
+    if not _on_gpu():
+        states = [pairs[0][0]]
+        return {
+            "native": SteppedChain(native, states, rests),
+            "XLA donated": SteppedChain(xla, states, rests),
+            "XLA not donated": SteppedChain(xla, states, rests, donate=False),
+            "limit": SteppedChain(_bench.in_place_pass, states, [{}]),
+        }
+    states = [state for state, _ in pairs]
+    none: list[_bench.Inputs] = [{}] * len(states)
+    return {
+        "native": DeviceChain(native, states, rests),
+        "native, stepped from Python": SteppedChain(
+            native, states, rests, compiler_options=_bench.COMMAND_BUFFERS
+        ),
+        "XLA donated": DeviceChain(xla, states, rests),
+        "XLA not donated": DeviceChain(xla, states, rests, donate=False),
+        "limit": DeviceChain(_bench.in_place_pass, states, none),
+    }
+
+
+def measure_config(
+    config: Config,
+    seconds: float,
+    warm: bool = False,
+    after_round: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Returns one entry of `results`; raises if an output is wrong."""
+    sets = _sets(config, warm)
+    # A set has its own inputs; one state alone gets new ones every call.
+    seeds = range(sets if _on_gpu() else 4)
+    inputs = [_bench.model_inputs(config, seed) for seed in seeds]
+    chains = _chains(config, inputs)
+    for name, chain in chains.items():
+        chain.run(1)
+        chain.wait()
+        if name != "limit":
+            out, state = chain.result()
+            _bench.verify(name, inputs[0], out, state, config.layout)
+    timings = _bench.measure(chains, seconds, ROUNDS, after_round=after_round)
+    native, limit = timings["native"].median, timings["limit"].median
+    xla = min(("XLA donated", "XLA not donated"), key=lambda n: timings[n].median)
+    return {
+        **dataclasses.asdict(config),
+        "family": config.family,
+        "state_bytes": config.state_bytes,
+        "sets": sets,
+        "timings": {name: _microseconds(timing) for name, timing in timings.items()},
+        "xla": xla,
+        "GB/s": 2 * config.state_bytes / native / 1e9,
+        "of_limit": limit / native,
+        "times_faster": timings[xla].median / native,
+    }
+
+
+def _overhead(seconds: float, after_round: Callable[[], None]) -> dict[str, Any]:
+    chains = _bench.overhead_chains("native")
+    timings = _bench.measure(chains, seconds, ROUNDS, after_round=after_round)
+    return {
+        "timings": {name: _microseconds(timing) for name, timing in timings.items()},
+        "ratio": timings["decode"].median / timings["no-op"].median,
+        "import_ms": 1e3 * _bench_machine.import_seconds(),
+    }
+
+
+def _microseconds(timing: Timing) -> dict[str, Any]:
+    return {
+        "median_us": timing.median * 1e6,
+        "quartiles_us": [timing.low * 1e6, timing.high * 1e6],
+        "rounds": timing.rounds,
+        "calls_a_round": timing.calls,
+    }

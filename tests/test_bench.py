@@ -1,0 +1,156 @@
+"""`jax-gdn bench`: what it writes, its statistics, and what it refuses to time."""
+
+import json
+import sys
+
+import numpy as np
+import oracle
+import pytest
+from cases import Case
+
+from jax_gdn import _bench, _bench_run
+from jax_gdn.cli import main
+
+TINY = ["bench", "--batch", "1", "2", "--shape", "2/8", "--tokens", "2"]
+TINY += ["--layout", "VK", "--seconds", "0.02"]
+
+
+def test_writes_json_picture_and_table(tmp_path, capsys):
+    data, picture, readme = (tmp_path / n for n in ("b.json", "b.png", "README.md"))
+    readme.write_text("before\n<!-- bench -->\nstale text\n<!-- /bench -->\nafter\n")
+    files = ["--json", str(data), "--plot", str(picture), "--readme", str(readme)]
+    assert main([*TINY, *files]) == 0
+
+    printed = capsys.readouterr().out
+    assert printed.count("float32 VK") == 2
+    assert "target 1.3" in printed
+    assert "target 100" in printed
+
+    report = json.loads(data.read_text())
+    assert {"device", "cpu", "jax", "commit"} <= report["machine"].keys()
+    assert [r["B"] for r in report["results"]] == [1, 2]
+    for result in report["results"]:
+        assert result["state_bytes"] == result["B"] * 8 * 128 * 128 * 4
+        names = {"native", "XLA donated", "XLA not donated", "limit"}
+        assert names <= result["timings"].keys()
+        times = {n: t["median_us"] for n, t in result["timings"].items()}
+        better = min(times["XLA donated"], times["XLA not donated"])
+        assert times[result["xla"]] == better
+        assert result["times_faster"] == pytest.approx(better / times["native"])
+        assert result["of_limit"] == pytest.approx(times["limit"] / times["native"])
+        rate = 2 * result["state_bytes"] / times["native"] / 1e3
+        assert result["GB/s"] == pytest.approx(rate)
+        for timing in result["timings"].values():
+            low, high = timing["quartiles_us"]
+            assert low <= timing["median_us"] <= high
+
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench -->\n")
+    assert text.endswith("\n<!-- /bench -->\nafter\n")
+    assert "stale text" not in text
+    assert text.count("| 2/8 |") == 2
+
+
+class FakeChain:
+    """Steps that take the times given, in turn, on a clock of its own."""
+
+    def __init__(self, times, calls=1):
+        self.times, self.calls, self.now, self.taken = times, calls, 0.0, 0
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.now += self.times[self.taken % len(self.times)]
+            self.taken += 1
+
+    def wait(self):
+        pass
+
+
+def test_statistics():
+    # Three uncounted steps, then one a round: 3, 1, 2, 5, 4 seconds for two calls.
+    slow = FakeChain([9, 9, 9, 3, 1, 2, 5, 4], calls=2)
+    # Ten steps fill a round of one second.
+    fast = FakeChain([0.1])
+    timings = _bench.measure(
+        {"slow": slow, "fast": fast},
+        seconds=10,
+        rounds=5,
+        clock=lambda: slow.now + fast.now,
+    )
+    assert timings["slow"] == _bench.Timing(1.5, 1.0, 2.0, rounds=5, calls=2)
+    assert timings["fast"].median == pytest.approx(0.1)
+    assert timings["fast"].calls == 10
+
+
+@pytest.mark.parametrize("layout", ["KV", "VK"])
+def test_float64_is_that_of_the_tests(layout):
+    inputs = Case(B=3, T=3, H=2, HV=6, K=64, V=32, layout=layout).inputs()
+    out, state = _bench.decode64(inputs, [0, 2], layout)
+    expected_out, expected = oracle.decode64(**inputs, state_layout=layout)
+    np.testing.assert_allclose(out, expected_out[[0, 2]], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(state, expected[[0, 2]], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", ["out", "state", "nan"])
+def test_wrong_output_is_refused_before_timing(wrong, monkeypatch):
+    right = _bench.decode_step
+
+    def broken(implementation, layout):
+        step = right(implementation, layout)
+
+        def call(state, rest):
+            state, out = step(state, rest)
+            if wrong == "out":
+                return state, out.at[-1, 0, -1, 0].add(0.1)
+            value = np.nan if wrong == "nan" else 1e-3
+            return state.at[-1, -1, -1, -1].add(value), out
+
+        return call if implementation == "xla" else step
+
+    def untimed(*_, **__):
+        raise AssertionError("timed a wrong result")
+
+    monkeypatch.setattr(_bench, "decode_step", broken)
+    monkeypatch.setattr(_bench, "measure", untimed)
+    what = "out" if wrong == "out" else "state"
+    with pytest.raises(ArithmeticError, match=f"XLA donated: `{what}` is"):
+        _bench_run.measure_config(_bench.Config(B=2, H=2, HV=8), seconds=0.01)
+
+
+@pytest.mark.parametrize("module", ["rich", "matplotlib"])
+def test_missing_extra_is_named(module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, "--plot", str(tmp_path / "b.png")])
+    assert f"needs {module}" in str(stop.value)
+    assert "jax-gdn[bench]" in str(stop.value)
+
+
+def test_readme_without_markers_is_refused_before_timing(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- /bench --> <!-- bench -->")
+    with pytest.raises(SystemExit, match="must have one <!-- bench -->"):
+        main([*TINY, "--readme", str(readme)])
+
+
+def test_memory_decides_what_is_timed():
+    small, large = _bench.Config(B=1), _bench.Config(B=512)
+    fitting, skipped = _bench_run._fitting([small, large], True, small.state_bytes * 99)
+    assert fitting == [small]
+    assert "B 512 skipped: needs 10.0 GiB, 0.2 GiB are free" in skipped[0]
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_device_chain_is_the_stepped_one(donate):
+    """What a GPU times, one program over several states, computes the same."""
+    config = _bench.Config(B=1, H=1, HV=2, K=64, V=16)
+    pairs = [_bench.split_state(_bench.model_inputs(config, seed)) for seed in (0, 1)]
+    states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
+    step = _bench.decode_step("native")
+    device = _bench.DeviceChain(step, states, rests, donate)
+    stepped = _bench.SteppedChain(step, states, rests)
+    device.run(3)
+    stepped.run(3 * device.calls)
+    for ours, theirs in zip(device._states, stepped._states, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
