@@ -2,15 +2,14 @@
 //
 //     S   <- exp(g) S;  u <- beta (v - k^T S);  S <- S + k u^T;  out <- scale q^T S
 //
-// A state is brought from memory once: the first token's pass leaves it in the core's
-// own cache (K V floats, 64 KB at K = V = 128), where all further passes find it.
+// A state is brought from memory once, while the one before it is computed; all passes
+// of all tokens over a part of it follow one another, so that caches serve them.
 #include "cpu/decode.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "cpu/convert.h"
 #include "cpu/lanes.h"
 #include "cpu/step.h"
 
@@ -34,21 +33,21 @@ int64_t WriteSlot(const DecodeParams& p, int64_t n, int64_t t, int64_t read) {
   return p.write_slots == nullptr ? read : SlotAt(p, p.write_slots, n);
 }
 
-float Dot(const std::vector<float>& x, const std::vector<float>& y) {
-  float sum = 0.0f;
-  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
-  return sum;
-}
-
 // softplus(x) = log(1 + exp(x)), exact to rounding for every x.
 float Softplus(float x) {
   return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
+// One entry, by the scalar code that serves every instruction set.
 float Scalar(const Input& x, int64_t index) {
-  float value;
-  Widen(x, index, 1, &value);
-  return value;
+  switch (x.dtype) {
+    case DType::kBFloat16:
+      return Load<DType::kBFloat16, 1>(x.data, index);
+    case DType::kFloat16:
+      return Load<DType::kFloat16, 1>(x.data, index);
+    default:
+      return Load<DType::kFloat32, 1>(x.data, index);
+  }
 }
 
 // Decodes states one after the other, with scratch of its own.
@@ -56,37 +55,30 @@ class Decoder {
  public:
   explicit Decoder(const DecodeParams& params)
       : p_(params),
-        step_(BestStep()),
+        kernels_(ChosenKernels()),
+        tokens_(p_.T),
+        decay_(p_.T * p_.K),
+        k_(p_.T * p_.K),
+        decayed_q_(p_.T * p_.K),
+        decayed_k_(p_.T * p_.K),
+        v_(p_.T * p_.V),
+        out_(p_.T * p_.V),
         q_(p_.K),
-        k_(p_.K),
-        decay_(p_.K),
-        bias_(p_.K),
-        decayed_q_(p_.K),
-        decayed_k_(p_.K),
-        v_(p_.V),
-        u_(p_.V),
-        sums_(p_.V),
-        out_(p_.V) {}
+        bias_(p_.K) {}
 
-  // All tokens of row n and value head hv.
-  void DecodeState(int64_t n, int32_t hv) {
+  // All tokens of state `index` of [B, HV]. The next one is brought near meanwhile.
+  void DecodeState(int64_t index, bool has_next) {
+    const int64_t n = index / p_.HV;
+    const int32_t hv = static_cast<int32_t>(index % p_.HV);
     const int64_t read = ReadSlot(p_, n);
     if (read == kNoSlot) {
       std::fill(out_.begin(), out_.end(), 0.0f);
-      for (int64_t t = 0; t < p_.T; ++t) StoreOut(n, t, hv);
-      return;
+    } else {
+      DecodeTokens(n, hv, read, has_next ? Next(index + 1) : StateView{});
     }
-    StateView now = InPool(read, hv);
     for (int64_t t = 0; t < p_.T; ++t) {
-      const Token token = LoadToken(n, t, hv);
-      const bool last = t + 1 == p_.T;
-      const int64_t write = WriteSlot(p_, n, t, read);
-      const bool stores = write != kNoSlot && (p_.snapshots || last);
-      const StateView next = Destination(write, stores, last, hv);
-      step_(p_.layout, now, next, token, p_.K, p_.V);
-      StoreOut(n, t, hv);
-      if (stores && next.data != InPool(write, hv).data) RoundInto(write, hv);
-      now = next;
+      kernels_.round(&out_[t * p_.V], ((n * p_.T + t) * p_.HV + hv) * p_.V, p_.V,
+                     p_.out);
     }
   }
 
@@ -95,6 +87,31 @@ class Decoder {
     const int64_t bytes = int64_t{p_.K} * p_.V * SizeOf(p_.state.dtype);
     return {static_cast<char*>(p_.state.data) + (slot * p_.HV + hv) * bytes,
             p_.state.dtype};
+  }
+
+  StateView Next(int64_t index) const {
+    const int64_t read = ReadSlot(p_, index / p_.HV);
+    return read == kNoSlot ? StateView{} : InPool(read, index % p_.HV);
+  }
+
+  void DecodeTokens(int64_t n, int32_t hv, int64_t read, StateView ahead) {
+    StateView now = InPool(read, hv);
+    int64_t first = 0;  // of the tokens that are ready and not yet decoded
+    for (int64_t t = 0; t < p_.T; ++t) {
+      Token& token = LoadToken(n, t, hv);
+      const bool last = t + 1 == p_.T;
+      const int64_t write = WriteSlot(p_, n, t, read);
+      const bool stores = write != kNoSlot && (p_.snapshots || last);
+      token.from = now;
+      token.to = Destination(write, stores, last, hv);
+      now = token.to;
+      const bool rounds = stores && now.data != InPool(write, hv).data;
+      if (!last && !rounds) continue;
+      kernels_.decode(p_.layout, &tokens_[first], t + 1 - first, p_.K, p_.V,
+                      last ? ahead : StateView{});
+      if (rounds) RoundInto(write, hv);
+      first = t + 1;
+    }
   }
 
   // Where a token's new state goes. Between tokens it is float32: in the slot it is
@@ -112,55 +129,60 @@ class Decoder {
   // A 16-bit snapshot of the state in scratch.
   void RoundInto(int64_t slot, int32_t hv) {
     const StateView to = InPool(slot, hv);
-    Round(scratch_.data(), 0, int64_t{p_.K} * p_.V, {to.data, to.dtype});
+    kernels_.round(scratch_.data(), 0, int64_t{p_.K} * p_.V, {to.data, to.dtype});
   }
 
-  void StoreOut(int64_t n, int64_t t, int32_t hv) {
-    Round(out_.data(), ((n * p_.T + t) * p_.HV + hv) * p_.V, p_.V, p_.out);
-  }
-
-  void LoadDecay(int64_t head, int32_t hv) {
+  void LoadDecay(int64_t head, int32_t hv, float* decay) {
     const float rate = -std::exp(p_.A_log[hv]);
     if (!p_.per_channel) {
       const float x = Scalar(p_.a, head) + Scalar(p_.dt_bias, hv);
-      std::fill(decay_.begin(), decay_.end(), std::exp(rate * Softplus(x)));
+      std::fill_n(decay, p_.K, std::exp(rate * Softplus(x)));
       return;
     }
-    Widen(p_.a, head * p_.K, p_.K, decay_.data());
-    Widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_.data());
+    kernels_.widen(p_.a, head * p_.K, p_.K, decay);
+    kernels_.widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_.data());
     for (int32_t i = 0; i < p_.K; ++i) {
-      decay_[i] = std::exp(rate * Softplus(decay_[i] + bias_[i]));
+      decay[i] = std::exp(rate * Softplus(decay[i] + bias_[i]));
     }
   }
 
-  Token LoadToken(int64_t n, int64_t t, int32_t hv) {
+  float NormFactor(const float* x) const {
+    return 1.0f / std::sqrt(kernels_.dot(x, x, p_.K) + kNormEpsilon);
+  }
+
+  Token& LoadToken(int64_t n, int64_t t, int32_t hv) {
     const int64_t token = n * p_.T + t, head = token * p_.HV + hv;
     const int64_t key_head = token * p_.H + hv / p_.group;
-    Widen(p_.q, key_head * p_.K, p_.K, q_.data());
-    Widen(p_.k, key_head * p_.K, p_.K, k_.data());
-    Widen(p_.v, head * p_.V, p_.V, v_.data());
-    LoadDecay(head, hv);
+    float *const q = q_.data(), *const k = &k_[t * p_.K], *const v = &v_[t * p_.V],
+                 *const decay = &decay_[t * p_.K], *const dq = &decayed_q_[t * p_.K],
+                 *const dk = &decayed_k_[t * p_.K];
+    kernels_.widen(p_.q, key_head * p_.K, p_.K, q);
+    kernels_.widen(p_.k, key_head * p_.K, p_.K, k);
+    kernels_.widen(p_.v, head * p_.V, p_.V, v);
+    LoadDecay(head, hv, decay);
     float q_factor = p_.scale, k_factor = 1.0f;
     if (p_.use_qk_l2norm) {
-      q_factor *= 1.0f / std::sqrt(Dot(q_, q_) + kNormEpsilon);
-      k_factor = 1.0f / std::sqrt(Dot(k_, k_) + kNormEpsilon);
+      q_factor *= NormFactor(q);
+      k_factor = NormFactor(k);
     }
     for (int32_t i = 0; i < p_.K; ++i) {
-      q_[i] *= q_factor;
-      k_[i] *= k_factor;
-      decayed_q_[i] = decay_[i] * q_[i];
-      decayed_k_[i] = decay_[i] * k_[i];
+      q[i] *= q_factor;
+      k[i] *= k_factor;
+      dq[i] = decay[i] * q[i];
+      dk[i] = decay[i] * k[i];
     }
     const float beta = 1.0f / (1.0f + std::exp(-Scalar(p_.b, head)));
-    return {
-        decayed_q_.data(), decayed_k_.data(), k_.data(), decay_.data(), v_.data(), beta,
-        Dot(q_, k_),       out_.data(),       u_.data(), sums_.data()};
+    return tokens_[t] = {
+               dq, dk, k, decay, v, &out_[t * p_.V], beta, kernels_.dot(q, k, p_.K),
+               {}, {}};
   }
 
   const DecodeParams& p_;
-  const Step step_;
-  std::vector<float> q_, k_, decay_, bias_, decayed_q_, decayed_k_;  // [K]
-  std::vector<float> v_, u_, sums_, out_;                            // [V]
+  const Kernels& kernels_;
+  std::vector<Token> tokens_;                             // [T]
+  std::vector<float> decay_, k_, decayed_q_, decayed_k_;  // [T, K]
+  std::vector<float> v_, out_;                            // [T, V]
+  std::vector<float> q_, bias_;                           // [K]
   std::vector<float> scratch_;  // [K V], only where a state cannot be kept in its slot
 };
 
@@ -168,9 +190,7 @@ class Decoder {
 
 void DecodeStates(const DecodeParams& params, int64_t begin, int64_t end) {
   Decoder decoder(params);
-  for (int64_t i = begin; i < end; ++i) {
-    decoder.DecodeState(i / params.HV, static_cast<int32_t>(i % params.HV));
-  }
+  for (int64_t i = begin; i < end; ++i) decoder.DecodeState(i, i + 1 < end);
 }
 
 }  // namespace jax_gdn

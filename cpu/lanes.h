@@ -8,6 +8,9 @@
 #define JAX_GDN_CPU_LANES_H_
 
 #include <cstdint>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "ffi/decode_params.h"
 
@@ -91,6 +94,14 @@ inline void Store(void* data, int64_t index, typename Lanes<N>::F value) {
   if constexpr (kType == DType::kFloat32) {
     __builtin_memcpy(to, &value, sizeof value);
   } else {
+#ifdef __AVX512BF16__
+    if constexpr (kType == DType::kBFloat16 && N == 16) {
+      // As below, but for subnormals, which become zero.
+      const auto rounded = _mm512_cvtneps_pbh(value);
+      __builtin_memcpy(to, &rounded, sizeof rounded);
+      return;
+    }
+#endif
     const U bits = Bits<U>(value), magnitude = bits & 0x7fffffffu;
     U half;
     if constexpr (kType == DType::kBFloat16) {

@@ -2,8 +2,10 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <string>
 
 #include "cpu/decode.h"
+#include "cpu/step.h"
 #include "ffi/binding.h"
 #include "ffi/module.h"
 
@@ -63,6 +65,22 @@ XLA_FFI_DEFINE_HANDLER(
 
 NB_MODULE(_cpu, m) {
   DefineFfiVersion(m);
+  m.def("instruction_sets", [] {
+    nb::list names;
+    for (const Kernels* kernels : UsableKernels()) names.append(kernels->name);
+    return names;
+  });
+  m.def("instruction_set", [] { return ChosenKernels().name; });
+  m.def("use_instruction_set", [](const char* name) {
+    if (!ChooseKernels(name)) {
+      const std::string message =
+          std::string(
+              "use_instruction_set: `name` must be one of instruction_sets(), "
+              "got ") +
+          name;
+      throw nb::value_error(message.c_str());
+    }
+  });
   m.def("handlers", [] {
     nb::dict stages, handlers;
     stages["execute"] = Capsule(kExecute);

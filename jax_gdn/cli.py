@@ -84,9 +84,10 @@ def _info(_: argparse.Namespace) -> int:
         "python, numpy": f"{platform.python_version()}, {np.__version__}",
         "XLA FFI": "jaxlib speaks {}.{}".format(*_registration.runtime_ffi_version()),
         "target": _registration.DECODE_TARGET,
-        "host module": "registered, FFI {}.{}".format(
+        "host module": "registered, FFI {}.{}, ".format(
             *_registration.cpu.FFI_API_VERSION
-        ),
+        )
+        + f"instruction set {_registration.cpu.instruction_set()}",
         "CUDA module": "not in this build",
     }
     if _registration.cuda is not None:

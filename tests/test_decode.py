@@ -7,6 +7,9 @@ from cases import CASES, ODD_CASES, Case
 from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
+from jax_gdn import _registration
+
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512bf16")
 
 
 def reference(*arrays, **rest):
@@ -48,6 +51,32 @@ def test_against_float64(implementation, case):
 def test_odd_sizes_on_the_host(implementation, case):
     with jax.default_device(jax.devices("cpu")[0]):
         check(implementation, case)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    """Makes the host kernel use one, where the processor has it."""
+    kernels = _registration.cpu
+    usable = kernels.instruction_sets()
+    if request.param not in usable:
+        pytest.skip(f"this processor has {', '.join(usable)}")
+    before = kernels.instruction_set()
+    kernels.use_instruction_set(request.param)
+    yield request.param
+    kernels.use_instruction_set(before)
+
+
+@pytest.mark.usefixtures("instruction_set", "host")
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["KV", "VK"])
+def test_every_instruction_set(layout, state):
+    """V: parts of four vectors, of one and of one column; K: a rest too."""
+    check(native, Case(T=3, K=67, V=71, layout=layout, state=state, per_channel=True))
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="`name` must be one of"):
+        _registration.cpu.use_instruction_set("avx1024")
 
 
 def test_xla_form_is_the_reference():
