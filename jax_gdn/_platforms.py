@@ -26,8 +26,9 @@ batching.defvectorized(_without_native_p)
 
 def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
     if reason is None:
-        names = ctx.module_context.platforms or ("this platform",)
-        reason = f"there is no native kernel for {', '.join(names)}"
+        names = set(ctx.module_context.platforms or ()) - {"cpu", "cuda"}
+        where = ", ".join(sorted(names)) or "this platform"
+        reason = f"there is no native kernel for {where}"
     if required:
         raise NotImplementedError(
             f'jax_gdn.decode: implementation="native" cannot run: {reason}. {_WAY_OUT}'

@@ -130,7 +130,8 @@ def test_two_processes_equal_one(kind):
 
 def test_threads():
     """Eight threads, each with its own state, 1000 calls each, all exact."""
-    case, calls = Case(B=2, H=2, HV=4, K=64, V=32), 1000
+    # Enough state for every call to be spread over XLA's threads.
+    case, calls = Case(B=2, T=2, H=2, HV=4, K=128, V=64), 1000
     call = jax.jit(step(case), donate_argnums=0)
     first, rest = split(jax.device_put(host_arrays(case), jax.devices("cpu")[0]))
     starts = [jnp.asarray(np.roll(np.asarray(first), i, axis=1)) for i in range(8)]

@@ -1,5 +1,7 @@
 """Meshes: what is computed, what waits for whom, and what is copied."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,15 @@ def test_sharded_state_leads(kind):
     assert collectives(text) == []
     assert kept
     assert got[1].sharding.spec[:3] == ("b", None, "h")
+
+
+def test_whole_state_is_not_gathered_for_sharded_values():
+    """Where types say that the new state is whole, its operands become so, not it."""
+    specs = specs_of(case(), state=P())
+    text, *_, got = compile_and_run(case(), mesh_of(AxisType.Explicit), specs)
+    assert "all-gather" in collectives(text)
+    assert not re.search(r"f32\[\d+,\d+,64,32\]\S* all-gather", text)
+    assert got[0].sharding.is_fully_replicated
 
 
 def test_sharded_values_lead_where_the_state_is_whole():
