@@ -1,16 +1,18 @@
 """Times `decode` beside the other implementations that are installed.
 
-    python benchmarks/compare.py [--batch B ...] [--seconds S] [--json FILE]
+    python benchmarks/compare.py [--batch B ...] [--seconds S] [--warm] [--json FILE]
     python benchmarks/compare.py --defects
 
 Every peer is first checked against the tests' float64 loop; one that is not installed,
 or fails, is a row that says so. All take turns in one run, over the same state bytes
-and with the same threads. `--defects` tries, on a GPU, what FlashInfer's decode is said
-to get silently wrong. Peers are in `peers_cpu.py` and `peers_cuda.py`.
+and with the same threads; on a GPU over states that leave the cache, unless `--warm`.
+`--defects` tries, on a GPU, what FlashInfer's decode is said to get silently wrong.
+Peers are in `peers_cpu.py` and `peers_cuda.py`.
 """
 
 import argparse
 import dataclasses
+import functools as ft
 import json
 import os
 import sys
@@ -18,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_gdn import _bench, _bench_machine
+from jax_gdn import _bench, _bench_machine, _bench_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,40 +37,65 @@ ON_GPU = jax.devices()[0].platform == "gpu"
 class Own:
     """The library, through the same interface as a peer."""
 
-    layout, state_dtype, calls = "KV", "float32", 1
-
-    def __init__(self, inputs: dict[str, np.ndarray], implementation: str):
-        state, rest = _bench.split_state(jax.tree.map(jax.numpy.asarray, inputs))
-        step = _bench.decode_step(implementation)
-        self._chain = _bench.SteppedChain(step, [state], [rest])
+    def __init__(
+        self,
+        inputs: list[dict[str, np.ndarray]],
+        implementation: str = "native",
+        layout: str = "KV",
+        state_dtype: str = "float32",
+    ):
+        self.layout, self.state_dtype = layout, state_dtype
+        pairs = [_bench.split_state(self._arrays(x)) for x in inputs]
+        states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
+        step = _bench.decode_step(implementation, layout)
+        self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
+        self._chain = chain_of(step, states, rests)
+        self.calls = self._chain.calls
         self.run, self.wait = self._chain.run, self._chain.wait
 
-    def result(self) -> tuple[Any, Any]:
-        return self._chain.result()
+    def _arrays(self, inputs: dict[str, np.ndarray]) -> _bench.Inputs:
+        # What models have, and what the peers on a GPU are given.
+        wide = ("A_log", "dt_bias")
+        narrow = jnp.bfloat16 if ON_GPU else jnp.float32
+        x = {
+            n: jnp.asarray(y, None if n in wide else narrow) for n, y in inputs.items()
+        }
+        state = inputs["state"]
+        state = state.swapaxes(-1, -2) if self.layout == "VK" else state
+        return x | {"state": jnp.asarray(state, self.state_dtype)}
 
 
-def native(inputs: dict[str, np.ndarray]) -> Own:
-    return Own(inputs, "native")
+def chain_of(step: _bench.Step, states: list[Any], rests: list[Any]) -> Any:
+    if ON_GPU:
+        options = _bench.COMMAND_BUFFERS
+        return _bench.DeviceChain(step, states, rests, compiler_options=options)
+    return _bench.SteppedChain(step, states[:1], rests[:1])
 
 
-def xla(inputs: dict[str, np.ndarray]) -> Own:
-    return Own(inputs, "xla")
+OWN: dict[str, Any] = {
+    "jax_gdn native": Own,
+    "jax_gdn native, V-major": ft.partial(Own, layout="VK"),
+    "jax_gdn XLA form, donated": ft.partial(Own, implementation="xla"),
+}
+OWN_ON_GPU: dict[str, Any] = {
+    "jax_gdn native, bfloat16": ft.partial(Own, state_dtype="bfloat16"),
+    "jax_gdn native, V-major, bfloat16": ft.partial(
+        Own, layout="VK", state_dtype="bfloat16"
+    ),
+}
 
 
-class Limit:
-    """An in-place pass over the state bytes."""
-
-    calls = 1
-
-    def __init__(self, inputs: dict[str, np.ndarray]):
-        state = jax.numpy.asarray(inputs["state"])
-        chain = _bench.SteppedChain(_bench.in_place_pass, [state], [{}])
-        self.run, self.wait = chain.run, chain.wait
+def limit(inputs: list[dict[str, np.ndarray]], dtype: str) -> Any:
+    """Returns an in-place pass over the state bytes."""
+    states = [jnp.asarray(x["state"], dtype) for x in inputs]
+    if ON_GPU:
+        return _bench_run.best_pass(states)
+    return chain_of(_bench.in_place_pass, states, [{}])
 
 
-def numpy_inputs(B: int) -> dict[str, np.ndarray]:
+def numpy_inputs(B: int, seed: int = 0) -> dict[str, np.ndarray]:
     # float32: some peers take nothing else, and every 16-bit value is one.
-    inputs = _bench.model_inputs(_bench.Config(B=B))
+    inputs = _bench.model_inputs(_bench.Config(B=B), seed)
     return {name: np.asarray(x).astype(np.float32) for name, x in inputs.items()}
 
 
@@ -77,14 +105,12 @@ def errors_of(make, inputs: dict[str, np.ndarray]) -> dict[str, float]:
     Raises `ArithmeticError` for more than rounding explains: 1e-4 in float32, 2e-2
     where anything is stored in bfloat16.
     """
-    peer = make(inputs)
+    peer = make([inputs])
     # The state as this peer stores it is what float64 must start from.
     layout, dtype = peer.layout, jax.numpy.dtype(peer.state_dtype)
     start = np.asarray(inputs["state"]).astype(dtype).astype(np.float64)
     expected = decode64(**{**inputs, "state": start})
-    peer.run(1)
-    peer.wait()
-    out, state = (np.asarray(x).astype(np.float64) for x in peer.result())
+    out, state = (np.asarray(x).astype(np.float64) for x in peer.once())
     state = state.swapaxes(-1, -2) if layout == "VK" else state
     errors = {
         what: float(np.abs(x.reshape(y.shape) - y).max() / np.abs(y).max())
@@ -97,21 +123,25 @@ def errors_of(make, inputs: dict[str, np.ndarray]) -> dict[str, float]:
     return errors
 
 
-def compare(B: int, seconds: float) -> list[dict[str, Any]]:
-    inputs, small = numpy_inputs(B), numpy_inputs(3)
-    peers = {"jax_gdn native": native, "jax_gdn XLA form, donated": xla}
-    peers |= peers_cuda.PEERS if ON_GPU else peers_cpu.PEERS
+def compare(B: int, seconds: float, warm: bool) -> list[dict[str, Any]]:
+    sets = _bench_run.sets(_bench.Config(B=B), warm)
+    inputs, small = [numpy_inputs(B, seed) for seed in range(sets)], numpy_inputs(3)
+    peers = OWN | (OWN_ON_GPU | peers_cuda.PEERS if ON_GPU else peers_cpu.PEERS)
     rows, chains = {}, {}
     for name, make in peers.items():
         try:
             rows[name] = {"peer": name, "B": B, "error": errors_of(make, small)}
             chains[name] = make(inputs)
+            chains[name].run(1)
+            chains[name].wait()
         except ImportError as missing:
             rows[name] = {"peer": name, "B": B, "note": f"not installed ({missing})"}
         except Exception as failure:  # a peer that fails must not stop the others
             rows[name] = {"peer": name, "B": B, "note": f"failed: {failure}"[:200]}
-    chains["in-place pass"] = Limit(inputs)
-    rows["in-place pass"] = {"peer": "in-place pass", "B": B}
+            chains.pop(name, None)
+    for dtype in ("float32", "bfloat16") if ON_GPU else ("float32",):
+        name = f"in-place pass, {dtype}"
+        chains[name], rows[name] = limit(inputs, dtype), {"peer": name, "B": B}
     timings = _bench.measure(chains, seconds)
     for name, timing in timings.items():
         rows[name] |= {n: 1e6 * getattr(timing, n) for n in ("median", "low", "high")}
@@ -121,12 +151,12 @@ def compare(B: int, seconds: float) -> list[dict[str, Any]]:
 
 def _line(row: dict[str, Any]) -> str:
     if "median" not in row:
-        return f"{row['peer']:28} {row['B']:4}  {row['note']}"
+        return f"{row['peer']:34} {row['B']:4}  {row['note']}"
     error = row.get("error")
     checked = f"{error['out']:.1e} / {error['state']:.1e}" if error else ""
     quartiles = f"({row['low']:,.1f} to {row['high']:,.1f})"
     return (
-        f"{row['peer']:28} {row['B']:4} {row['median']:11,.1f} us {quartiles:24} "
+        f"{row['peer']:34} {row['B']:4} {row['median']:11,.1f} us {quartiles:24} "
         f"{row['times_native']:6.2f} x native  {checked}"
     )
 
@@ -135,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size")
+    parser.add_argument("--warm", action="store_true", help="GPU: one state")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--defects", action="store_true")
     arguments = parser.parse_args()
@@ -148,7 +179,7 @@ def main() -> None:
         print(f"{_bench_machine.cpu_name()}, {threads} threads; errors: out / state")
         report["rows"] = []
         for B in arguments.batch:
-            report["rows"] += (rows := compare(B, arguments.seconds))
+            report["rows"] += (rows := compare(B, arguments.seconds, arguments.warm))
             print("\n".join(map(_line, rows)), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

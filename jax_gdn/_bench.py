@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jax_gdn import _registration
 from jax_gdn._decode import decode
 
 Inputs = dict[str, Any]
@@ -23,6 +24,9 @@ COMMAND_BUFFERS: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": "CUSTOM_CALL",
     "xla_gpu_graph_min_graph_size": 1,
 }
+
+
+CALLS_IN_A_ROW = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,23 @@ def in_place_pass(state: Array, _: Inputs) -> tuple[Array, tuple[()]]:
     return -state, ()
 
 
+def native_pass(shape: int) -> Step:
+    """Returns the same as a CUDA kernel, in one of `_cuda.PASS_SHAPES` shapes.
+
+    XLA's own is several percent short of the best.
+    """
+
+    def step(state: Array, _: Inputs) -> tuple[Array, tuple[()]]:
+        call = jax.ffi.ffi_call(
+            _registration.PASS_TARGET,
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
+            input_output_aliases={0: 0},
+        )
+        return call(state, shape=np.int32(shape)), ()
+
+    return step
+
+
 class Chain(Protocol):
     """A decode loop: every call takes the state that the one before it left."""
 
@@ -135,7 +156,7 @@ class SteppedChain:
         self._states = [jnp.array(x) for x in states]
         self._rests = rests
         self._next = 0
-        self._out: Any = None
+        self._out: Any = None  # the last step's
 
     def run(self, steps: int) -> None:
         for i in range(self._next, self._next + steps):
@@ -148,34 +169,44 @@ class SteppedChain:
     def wait(self) -> None:
         jax.block_until_ready((self._states, self._out))
 
-    def result(self) -> tuple[Any, Array]:
-        """Returns `(out, state)` of the first set after `run(1)`."""
-        return self._out, self._states[0]
-
 
 class DeviceChain:
     """Calls over every set in turn, in one program, so that no host is between them.
 
-    Donated, the repetition is in the program too; not donated, a step is one run of it.
+    Donated, the repetition is in the program too, under command buffers; not donated, a
+    step is one run of it.
     """
 
     def __init__(
-        self, step: Step, states: list[Array], rests: list[Inputs], donate: bool = True
+        self,
+        step: Step,
+        states: list[Array],
+        rests: list[Inputs],
+        donate: bool = True,
+        compiler_options: dict[str, Any] | None = None,
     ):
-        self.calls = len(states)
+        # Enough calls for one start of a command buffer not to count.
+        rounds = -(-CALLS_IN_A_ROW // len(states)) if donate else 1
+        self.calls = rounds * len(states)
         self._donate = donate
         self._rests = rests
 
         # `outs` is carried so that nothing which computes it is dropped.
         def loop(states, outs, rests, steps):
             def every_set(_, carry):
-                results = [step(*x) for x in zip(carry[0], rests, strict=True)]
-                return [x for x, _ in results], [out for _, out in results]
+                states, outs = carry
+                for _ in range(rounds):
+                    results = [step(*x) for x in zip(states, rests, strict=True)]
+                    states, outs = [x for x, _ in results], [out for _, out in results]
+                return states, outs
 
             return lax.fori_loop(0, steps, every_set, (states, outs))
 
         self._call = jax.jit(
-            loop, static_argnums=3, donate_argnums=(0, 1) if donate else ()
+            loop,
+            static_argnums=3,
+            donate_argnums=(0, 1) if donate else (),
+            compiler_options=compiler_options,
         )
         self._states = [jnp.array(x) for x in states]
         shapes = [jax.eval_shape(step, *x)[1] for x in zip(states, rests, strict=True)]
@@ -190,10 +221,6 @@ class DeviceChain:
 
     def wait(self) -> None:
         jax.block_until_ready((self._states, self._outs))
-
-    def result(self) -> tuple[Any, Array]:
-        """Returns `(out, state)` of the first set after `run(1)`."""
-        return self._outs[0], self._states[0]
 
 
 @dataclasses.dataclass(frozen=True)

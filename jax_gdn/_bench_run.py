@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import functools as ft
 import itertools
 import math
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jax_gdn import _bench, _bench_machine, _bench_report
+from jax_gdn import _bench, _bench_machine, _bench_report, _registration
 from jax_gdn._bench import Config, DeviceChain, SteppedChain, Timing
 
 BATCHES = (1, 8, 64)
@@ -22,8 +23,8 @@ SHAPES = {"16/32": (16, 32), "16/48": (16, 48), "16/64": (16, 64), "2/8": (2, 8)
 ROUNDS = 15
 # More than the L2 caches of the GPUs that there are kernels for, 50 to 60 MB.
 COLD_BYTES = 128 * 2**20
-# A state for each of the chains, and what the XLA form holds beside its own.
-STATES_HELD = 10
+# A state for each of the chains and passes, and what the XLA form holds beside its own.
+STATES_HELD = 14
 
 
 def add_options(parser: argparse.ArgumentParser, positive: Callable) -> None:
@@ -126,7 +127,7 @@ def _fitting(
     """Splits off what memory has no room for, each with a line that says so."""
     fitting, skipped = [], []
     for config in configs:
-        needed = config.state_bytes * STATES_HELD * _sets(config, warm)
+        needed = config.state_bytes * STATES_HELD * sets(config, warm)
         if free is not None and needed > free:
             skipped.append(
                 f"{config.family}, B {config.B} skipped: needs {needed / 2**30:.1f} "
@@ -147,7 +148,7 @@ def _cache(warm: bool) -> str:
     return "one state, warm L2" if warm else "states larger than L2, in turn"
 
 
-def _sets(config: Config, warm: bool) -> int:
+def sets(config: Config, warm: bool) -> int:
     """How many states take turns, so that each has left the cache when it is next."""
     if warm or not _on_gpu():
         return 1
@@ -168,16 +169,34 @@ def _chains(config: Config, inputs: list[_bench.Inputs]) -> dict[str, Any]:
             "limit": SteppedChain(_bench.in_place_pass, states, [{}]),
         }
     states = [state for state, _ in pairs]
-    none: list[_bench.Inputs] = [{}] * len(states)
+    under_graphs = ft.partial(
+        DeviceChain, states=states, compiler_options=_bench.COMMAND_BUFFERS
+    )
     return {
-        "native": DeviceChain(native, states, rests),
+        "native": under_graphs(native, rests=rests),
         "native, stepped from Python": SteppedChain(
             native, states, rests, compiler_options=_bench.COMMAND_BUFFERS
         ),
         "XLA donated": DeviceChain(xla, states, rests),
         "XLA not donated": DeviceChain(xla, states, rests, donate=False),
-        "limit": DeviceChain(_bench.in_place_pass, states, none),
+        "limit": best_pass(states),
     }
+
+
+def best_pass(states: list[jax.Array]) -> DeviceChain:
+    """Returns the fastest of the in-place passes over these states, on a GPU."""
+    assert _registration.cuda is not None
+    shapes = {
+        str(shape): DeviceChain(
+            _bench.native_pass(shape),
+            states,
+            [{}] * len(states),
+            compiler_options=_bench.COMMAND_BUFFERS,
+        )
+        for shape in range(_registration.cuda.PASS_SHAPES)
+    }
+    timings = _bench.measure(shapes, seconds=0.3, rounds=5)
+    return shapes[min(shapes, key=lambda name: timings[name].median)]
 
 
 def measure_config(
@@ -187,17 +206,16 @@ def measure_config(
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Returns one entry of `results`; raises if an output is wrong."""
-    sets = _sets(config, warm)
+    held = sets(config, warm)
     # A set has its own inputs; one state alone gets new ones every call.
-    seeds = range(sets if _on_gpu() else 4)
+    seeds = range(held if _on_gpu() else 4)
     inputs = [_bench.model_inputs(config, seed) for seed in seeds]
+    state, rest = _bench.split_state(inputs[0])
+    for name, implementation in (("native", "native"), ("XLA form", "xla")):
+        step = jax.jit(_bench.decode_step(implementation, config.layout))
+        new_state, out = step(state, rest)
+        _bench.verify(name, inputs[0], out, new_state, config.layout)
     chains = _chains(config, inputs)
-    for name, chain in chains.items():
-        chain.run(1)
-        chain.wait()
-        if name != "limit":
-            out, state = chain.result()
-            _bench.verify(name, inputs[0], out, state, config.layout)
     timings = _bench.measure(chains, seconds, ROUNDS, after_round=after_round)
     native, limit = timings["native"].median, timings["limit"].median
     xla = min(("XLA donated", "XLA not donated"), key=lambda n: timings[n].median)
@@ -205,7 +223,7 @@ def measure_config(
         **dataclasses.asdict(config),
         "family": config.family,
         "state_bytes": config.state_bytes,
-        "sets": sets,
+        "sets": held,
         "timings": {name: _microseconds(timing) for name, timing in timings.items()},
         "xla": xla,
         "GB/s": 2 * config.state_bytes / native / 1e9,

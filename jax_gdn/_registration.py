@@ -15,6 +15,8 @@ from jax import export
 # Targets are global to the process and stay in exported programs, so the name
 # carries the version of the call's signature.
 DECODE_TARGET = "jax_gdn.decode.v1"
+# The limit of the benchmarks; CUDA only.
+PASS_TARGET = "jax_gdn.in_place_pass.v1"
 
 # For `jax.export.export(..., disabled_checks=...)`: a target keeps its meaning, so a
 # program that calls it may be kept.
@@ -56,8 +58,9 @@ def _check_ffi_version(module: ModuleType) -> None:
 
 def _register(module: ModuleType, platform: str) -> None:
     _check_ffi_version(module)
-    stages = module.handlers()["decode"]
-    jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
+    targets = {"decode": DECODE_TARGET, "in_place_pass": PASS_TARGET}
+    for name, stages in module.handlers().items():
+        jax.ffi.register_ffi_target(targets[name], stages, platform=platform)
 
 
 _host = _load("_cpu")

@@ -114,7 +114,7 @@ def test_wrong_output_is_refused_before_timing(wrong, monkeypatch):
     monkeypatch.setattr(_bench, "decode_step", broken)
     monkeypatch.setattr(_bench, "measure", untimed)
     what = "out" if wrong == "out" else "state"
-    with pytest.raises(ArithmeticError, match=f"XLA donated: `{what}` is"):
+    with pytest.raises(ArithmeticError, match=f"XLA form: `{what}` is"):
         _bench_run.measure_config(_bench.Config(B=2, H=2, HV=8), seconds=0.01)
 
 
