@@ -3,7 +3,8 @@
     python benchmarks/layers.py [--layers N ...] [--batch B ...] [--json FILE]
 
 A step calls `decode` once a layer, each with a state of its own, all donated; a layer's
-output is the next one's value. It is stepped from Python, under JAX's default options
+output is the next one's value. All else, which a model computes inside its step, is the
+same for every layer here. It is stepped from Python, under JAX's default options
 and under command buffers, and looped on the device. Beside them stands the kernel's own
 time, from a program that holds nothing else, and the call's share that is the host's.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_gdn import _bench, _bench_machine, decode
@@ -23,11 +25,11 @@ ON_GPU = jax.devices()[0].platform == "gpu"
 STEPS = 20  # of the loop on the device
 
 
-def model_step(states: list[Any], layers: list[Any], x: Any) -> tuple[list[Any], Any]:
+def model_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
     """One token through all layers."""
     new_states = []
-    for state, layer in zip(states, layers, strict=True):
-        x, state = decode(**{**layer, "v": x}, state=state, implementation="native")
+    for state in states:
+        x, state = decode(**{**rest, "v": x}, state=state, implementation="native")
         new_states.append(state)
     return new_states, x
 
@@ -36,19 +38,18 @@ class Steps:
     """A chain of model steps; `looped` of them are one program."""
 
     def __init__(self, layers: int, B: int, options: dict[str, Any], looped: int = 1):
-        inputs = [_bench.model_inputs(_bench.Config(B=B), i) for i in range(layers)]
-        pairs = [_bench.split_state(x) for x in inputs]
-        self._states, self._layers = [s for s, _ in pairs], [rest for _, rest in pairs]
-        self._x = self._layers[0]["v"]
+        state, self._rest = _bench.split_state(_bench.model_inputs(_bench.Config(B=B)))
+        self._states = [jnp.array(state) for _ in range(layers)]
+        self._x = self._rest["v"]
         self.calls = layers * looped
 
-        def program(states, layers, x):
+        def program(states, rest, x):
             if looped == 1:
-                return model_step(states, layers, x)
+                return model_step(states, rest, x)
             return lax.fori_loop(
                 0,
                 looped,
-                lambda _, carry: model_step(carry[0], layers, carry[1]),
+                lambda _, carry: model_step(carry[0], rest, carry[1]),
                 (states, x),
             )
 
@@ -56,7 +57,7 @@ class Steps:
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self._states, self._x = self._call(self._states, self._layers, self._x)
+            self._states, self._x = self._call(self._states, self._rest, self._x)
 
     def wait(self) -> None:
         jax.block_until_ready((self._states, self._x))
@@ -66,12 +67,13 @@ class Steps:
 
 
 def kernel_alone(layers: int, B: int) -> Any:
-    """The same calls, over as many states, with nothing that links them."""
-    inputs = [_bench.model_inputs(_bench.Config(B=B), i) for i in range(layers)]
-    pairs = [_bench.split_state(x) for x in inputs]
-    states, rests = [state for state, _ in pairs], [rest for _, rest in pairs]
+    """The same calls over as many states, in a program that runs for long."""
+    state, rest = _bench.split_state(_bench.model_inputs(_bench.Config(B=B)))
     return _bench.DeviceChain(
-        _bench.decode_step("native"), states, rests, compiler_options=options_of(True)
+        _bench.decode_step("native"),
+        [state] * layers,
+        [rest] * layers,
+        compiler_options=options_of(True),
     )
 
 

@@ -88,9 +88,17 @@ def _operands(x: dict[str, Any]) -> list[Any]:
     return [x[name] for name in names]
 
 
+def _flashinfer(kernel: str) -> Any:
+    """Returns FlashInfer's module; `ImportError` says why a kernel of it is missing."""
+    import importlib
+
+    importlib.import_module(f"flashinfer.gdn_kernels.gdn_decode_{kernel}")
+    return importlib.import_module("flashinfer.gdn_decode")
+
+
 class FlashInferKMajor(TorchPeer):
     def prepare(self):
-        from flashinfer.gdn_decode import gated_delta_rule_decode as decode
+        decode = _flashinfer("nontranspose").gated_delta_rule_decode
 
         return lambda x: decode(*_operands(x), None, x["output"])
 
@@ -99,7 +107,7 @@ class FlashInferVMajor(TorchPeer):
     layout = "VK"
 
     def prepare(self):
-        from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as decode
+        decode = _flashinfer("pretranspose").gated_delta_rule_decode_pretranspose
 
         return lambda x: decode(*_operands(x), None, x["output"])
 
@@ -111,7 +119,8 @@ class FlashInferBfloat16(TorchPeer):
 
     def prepare(self):
         import torch
-        from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose as decode
+
+        decode = _flashinfer("bf16_state").gated_delta_rule_decode_pretranspose
 
         def call(x):
             if "slots" not in x:
@@ -162,16 +171,17 @@ class Lalamo:
         import jax
         import jax.numpy as jnp
 
-        spec = importlib.util.find_spec("lalamo")
-        if spec is None:
-            raise ImportError("lalamo")
         # The kernel alone: the package's own imports are half an inference stack.
-        for name in ("lalamo", "lalamo.kernels"):
-            module = types.ModuleType(name)
-            folders = list(spec.submodule_search_locations or [])
-            below = "/kernels" if name.endswith("kernels") else ""
-            module.__path__ = [folder + below for folder in folders]
-            sys.modules[name] = module
+        if "lalamo" not in sys.modules:
+            spec = importlib.util.find_spec("lalamo")
+            if spec is None:
+                raise ImportError("lalamo")
+            for name in ("lalamo", "lalamo.kernels"):
+                module = types.ModuleType(name)
+                folders = list(spec.submodule_search_locations or [])
+                below = "/kernels" if name.endswith("kernels") else ""
+                module.__path__ = [folder + below for folder in folders]
+                sys.modules[name] = module
         from lalamo.kernels.deltanet.pallas_recurrent import _make_batched_update
 
         B, _, HV, V = inputs[0]["v"].shape
@@ -193,7 +203,7 @@ class Lalamo:
             operands = (scaled, k, v, decay, beta)
             operands = [y[:, 0].astype(jnp.float32) for y in operands]
             state, out = update(*operands, state, jnp.ones(B, bool))
-            return state, out[:, None]
+            return state, out[:, None].astype(x["v"].dtype)
 
         states = [jnp.asarray(x["state"].swapaxes(-1, -2).copy()) for x in inputs]
         rests = [

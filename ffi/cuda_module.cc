@@ -96,8 +96,9 @@ XLA_FFI_DEFINE_HANDLER(
     BindDecode(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
     {ffi::Traits::kCmdBufferCompatible});
 
-// The limit of the benchmarks; `data` is aliased to the result.
-ffi::Error Pass(cudaStream_t stream, ffi::AnyBuffer data,
+// The limit of the benchmarks; `data` is aliased to the result. Further operands only
+// say what this comes after.
+ffi::Error Pass(cudaStream_t stream, ffi::AnyBuffer data, ffi::RemainingArgs,
                 ffi::Result<ffi::AnyBuffer> result, int32_t shape) {
   const int64_t count = static_cast<int64_t>(data.size_bytes()) / 16;
   const int64_t entry = static_cast<int64_t>(ffi::ByteWidth(data.element_type()));
@@ -117,6 +118,7 @@ XLA_FFI_DEFINE_HANDLER(kPass, Pass,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
                            .Arg<ffi::AnyBuffer>()
+                           .RemainingArgs()
                            .Ret<ffi::AnyBuffer>()
                            .Attr<int32_t>("shape"),
                        {ffi::Traits::kCmdBufferCompatible});

@@ -27,6 +27,7 @@ COMMAND_BUFFERS: dict[str, Any] = {
 
 
 CALLS_IN_A_ROW = 32
+BYTES_A_PROGRAM = 20 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +109,13 @@ def native_pass(shape: int) -> Step:
     XLA's own is several percent short of the best.
     """
 
-    def step(state: Array, _: Inputs) -> tuple[Array, tuple[()]]:
+    def step(state: Array, after: Inputs) -> tuple[Array, tuple[()]]:
         call = jax.ffi.ffi_call(
             _registration.PASS_TARGET,
             jax.ShapeDtypeStruct(state.shape, state.dtype),
             input_output_aliases={0: 0},
         )
-        return call(state, shape=np.int32(shape)), ()
+        return call(state, *after.values(), shape=np.int32(shape)), ()
 
     return step
 
@@ -173,8 +174,9 @@ class SteppedChain:
 class DeviceChain:
     """Calls over every set in turn, in one program, so that no host is between them.
 
-    Donated, the repetition is in the program too, under command buffers; not donated, a
-    step is one run of it.
+    Donated, the repetition is in the program too; not donated, it makes one round.
+    Calls that could run at once would: so each is given what the one before it made,
+    its output as `v`, or, where there is none, its state.
     """
 
     def __init__(
@@ -185,42 +187,43 @@ class DeviceChain:
         donate: bool = True,
         compiler_options: dict[str, Any] | None = None,
     ):
-        # Enough calls for one start of a command buffer not to count.
+        # Enough calls for one start of a command buffer, or of a program, not to count.
         rounds = -(-CALLS_IN_A_ROW // len(states)) if donate else 1
-        self.calls = rounds * len(states)
-        self._donate = donate
+        a_round = 2 * sum(x.nbytes for x in states)
+        trips = -(-BYTES_A_PROGRAM // (rounds * a_round)) if donate else 1
+        self.calls = trips * rounds * len(states)
         self._rests = rests
 
-        # `outs` is carried so that nothing which computes it is dropped.
-        def loop(states, outs, rests, steps):
-            def every_set(_, carry):
-                states, outs = carry
-                for _ in range(rounds):
-                    results = [step(*x) for x in zip(states, rests, strict=True)]
-                    states, outs = [x for x, _ in results], [out for _, out in results]
-                return states, outs
+        def linked(rest: Inputs, out: Any, before: Array | None) -> Inputs:
+            if rest:
+                return rest | {"v": out}
+            return {} if before is None else {"after": before}
 
-            return lax.fori_loop(0, steps, every_set, (states, outs))
+        def loop(states, rests, out):
+            def every_set(_, carry):
+                states, out = list(carry[0]), carry[1]
+                for _ in range(rounds):
+                    for i, rest in enumerate(rests):
+                        before = states[i - 1] if len(states) > 1 else None
+                        states[i], out = step(states[i], linked(rest, out, before))
+                return states, out
+
+            return lax.fori_loop(0, trips, every_set, (states, out))
 
         self._call = jax.jit(
             loop,
-            static_argnums=3,
-            donate_argnums=(0, 1) if donate else (),
+            donate_argnums=0 if donate else (),
             compiler_options=compiler_options,
         )
         self._states = [jnp.array(x) for x in states]
-        shapes = [jax.eval_shape(step, *x)[1] for x in zip(states, rests, strict=True)]
-        self._outs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        self._out = rests[0].get("v", ())
 
     def run(self, steps: int) -> None:
-        # A loop would copy a state once and then work in place: not what is asked.
-        for trips in [steps] if self._donate else [1] * steps:
-            self._states, self._outs = self._call(
-                self._states, self._outs, self._rests, trips
-            )
+        for _ in range(steps):
+            self._states, self._out = self._call(self._states, self._rests, self._out)
 
     def wait(self) -> None:
-        jax.block_until_ready((self._states, self._outs))
+        jax.block_until_ready((self._states, self._out))
 
 
 @dataclasses.dataclass(frozen=True)

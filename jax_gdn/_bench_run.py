@@ -195,7 +195,7 @@ def best_pass(states: list[jax.Array]) -> DeviceChain:
         )
         for shape in range(_registration.cuda.PASS_SHAPES)
     }
-    timings = _bench.measure(shapes, seconds=0.3, rounds=5)
+    timings = _bench.measure(shapes, seconds=0.5, rounds=5)
     return shapes[min(shapes, key=lambda name: timings[name].median)]
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -138,19 +139,25 @@ def test_memory_decides_what_is_timed():
     small, large = _bench.Config(B=1), _bench.Config(B=512)
     fitting, skipped = _bench_run._fitting([small, large], True, small.state_bytes * 99)
     assert fitting == [small]
-    assert "B 512 skipped: needs 10.0 GiB, 0.2 GiB are free" in skipped[0]
+    assert "B 512 skipped: needs 14.0 GiB, 0.2 GiB are free" in skipped[0]
 
 
 @pytest.mark.parametrize("donate", [True, False])
-def test_device_chain_is_the_stepped_one(donate):
-    """What a GPU times, one program over several states, computes the same."""
+def test_device_chain_links_its_calls(donate, monkeypatch):
+    """What a GPU times, one program over several states, is a loop over them."""
+    monkeypatch.setattr(_bench, "CALLS_IN_A_ROW", 4)
+    monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
     config = _bench.Config(B=1, H=1, HV=2, K=64, V=16)
     pairs = [_bench.split_state(_bench.model_inputs(config, seed)) for seed in (0, 1)]
     states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
     step = _bench.decode_step("native")
-    device = _bench.DeviceChain(step, states, rests, donate)
-    stepped = _bench.SteppedChain(step, states, rests)
-    device.run(3)
-    stepped.run(3 * device.calls)
-    for ours, theirs in zip(device._states, stepped._states, strict=True):
+    chain = _bench.DeviceChain(step, states, rests, donate)
+    assert chain.calls == (4 if donate else 2)
+    chain.run(3)
+    out = rests[0]["v"]
+    for i in range(3 * chain.calls):
+        rest = rests[i % 2] | {"v": out}
+        states[i % 2], out = jax.jit(step)(states[i % 2], rest)
+    for ours, theirs in zip(chain._states, states, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(chain._out, out)
