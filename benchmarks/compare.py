@@ -1,6 +1,7 @@
 """Times `decode` beside the other implementations that are installed.
 
-    python benchmarks/compare.py [--batch B ...] [--seconds S] [--warm] [--json FILE]
+    python benchmarks/compare.py [--batch B ...] [--seconds S] [--warm] [--skip PART ...]
+                                 [--json FILE]
     python benchmarks/compare.py --defects
 
 Every peer is first checked against the tests' float64 loop; one that is not installed,
@@ -123,12 +124,16 @@ def errors_of(make, inputs: dict[str, np.ndarray]) -> dict[str, float]:
     return errors
 
 
-def compare(B: int, seconds: float, warm: bool) -> list[dict[str, Any]]:
+def compare(
+    B: int, seconds: float, warm: bool, skip: list[str]
+) -> list[dict[str, Any]]:
     sets = _bench_run.sets(_bench.Config(B=B), warm)
     inputs, small = [numpy_inputs(B, seed) for seed in range(sets)], numpy_inputs(3)
     peers = OWN | (OWN_ON_GPU | peers_cuda.PEERS if ON_GPU else peers_cpu.PEERS)
     rows, chains = {}, {}
     for name, make in peers.items():
+        if any(part in name for part in skip):
+            continue
         try:
             rows[name] = {"peer": name, "B": B, "error": errors_of(make, small)}
             chains[name] = make(inputs)
@@ -166,6 +171,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size")
     parser.add_argument("--warm", action="store_true", help="GPU: one state")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="what has this in its name: programs of XLA's are slow to compile",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--defects", action="store_true")
     arguments = parser.parse_args()
@@ -177,9 +189,15 @@ def main() -> None:
     else:
         threads = len(os.sched_getaffinity(0))
         print(f"{_bench_machine.cpu_name()}, {threads} threads; errors: out / state")
+        timed = ft.partial(
+            compare,
+            seconds=arguments.seconds,
+            warm=arguments.warm,
+            skip=arguments.skip,
+        )
         report["rows"] = []
         for B in arguments.batch:
-            report["rows"] += (rows := compare(B, arguments.seconds, arguments.warm))
+            report["rows"] += (rows := timed(B))
             print("\n".join(map(_line, rows)), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
