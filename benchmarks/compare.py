@@ -1,7 +1,7 @@
 """Times `decode` beside the other implementations that are installed.
 
-    python benchmarks/compare.py [--batch B ...] [--seconds S] [--warm] [--skip PART ...]
-                                 [--json FILE]
+    python benchmarks/compare.py [--batch B ...] [--seconds S] [--warm]
+                                 [--skip PART ...] [--json FILE]
     python benchmarks/compare.py --defects
 
 Every peer is first checked against the tests' float64 loop; one that is not installed,
