@@ -27,7 +27,7 @@ COMMAND_BUFFERS: dict[str, Any] = {
 
 
 CALLS_IN_A_ROW = 32
-BYTES_A_PROGRAM = 20 * 10**9
+BYTES_A_PROGRAM = 200 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
