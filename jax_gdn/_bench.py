@@ -98,9 +98,13 @@ def decode_step(implementation: str | None, layout: str = "KV") -> Step:
 def in_place_pass(state: Array, _: Inputs) -> tuple[Array, tuple[()]]:
     """Reads and writes the state once and does no more.
 
-    A change of sign: repeated, it neither decays into denormals nor overflows.
+    A change of sign: repeated, it neither decays into denormals nor overflows. Of bits,
+    because XLA's host code takes detours through float32 where a dtype is bfloat16.
     """
-    return -state, ()
+    width = 8 * state.dtype.itemsize
+    bits = lax.bitcast_convert_type(state, f"uint{width}")
+    signs = jnp.array(1 << (width - 1), bits.dtype)
+    return lax.bitcast_convert_type(bits ^ signs, state.dtype), ()
 
 
 def native_pass(shape: int) -> Step:
