@@ -123,7 +123,7 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     families: dict[str, list[Result]] = {}
     for result in report["results"]:
         families.setdefault(result["family"], []).append(result)
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     times, shares = figure.subplots(1, 2)
     for i, (family, results) in enumerate(families.items()):
         color, batches = f"C{i}", [result["B"] for result in results]
@@ -142,7 +142,6 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     times.plot([], [], "s--", color="gray", label="XLA form, the better one")
     times.plot([], [], ":", color="gray", label="in-place pass, the limit")
     times.set(title="time of a call, us", yscale="log")
-    times.legend()
     shares.axhline(100, color="gray", linestyle=":")
     shares.set(title="percent of the limit")
     shares.set_ylim(bottom=0)
@@ -153,4 +152,5 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("sequences, B")
         axes.grid(alpha=0.3)
     figure.suptitle(headline(report))
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
