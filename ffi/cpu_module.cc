@@ -2,7 +2,10 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <string>
+#include <thread>
 
 #include "cpu/decode.h"
 #include "cpu/step.h"
@@ -16,42 +19,59 @@ namespace jax_gdn {
 namespace {
 
 // Below this much state a thread's wake-up costs more than it saves.
-constexpr int64_t kMinBytesPerTask = 64 << 10;
+constexpr int64_t kMinBytesPerThread = 64 << 10;
+// Parts a thread: one that starts late leaves its own to the others.
+constexpr int64_t kPartsPerThread = 4;
 
-ffi::Future Failed(const ffi::Error& error) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  promise.SetError(error);
-  return future;
-}
+// The states of one call, in parts that threads take as they come.
+class Shared {
+ public:
+  Shared(const DecodeParams& params, int64_t parts) : params_(params), parts_(parts) {}
 
-// Spreads the states over XLA's pool. The handler itself runs on that pool: it
-// takes one share and returns without waiting for the others.
-ffi::Future Execute(ffi::ThreadPool pool, const DecodeCall& call) {
-  ffi::ErrorOr<DecodeParams> decoded = ParamsOf(call);
-  if (decoded.has_error()) return Failed(decoded.error());
-  const DecodeParams params = *decoded;
-
-  const int64_t states = params.B * params.HV;
-  const int64_t bytes =
-      states * params.K * params.V * (params.state.dtype == DType::kFloat32 ? 4 : 2);
-  const int64_t tasks = std::clamp<int64_t>(std::min(bytes / kMinBytesPerTask, states),
-                                            1, pool.num_threads());
-  const auto share = [params, states, tasks](int64_t task) {
-    DecodeStates(params, states * task / tasks, states * (task + 1) / tasks);
-  };
-
-  ffi::CountDownPromise done(tasks);
-  ffi::Future future(done);
-  for (int64_t task = 1; task < tasks; ++task) {
-    pool.Schedule([share, done, task]() mutable {
-      share(task);
-      done.CountDown();
-    });
+  // Takes parts until none is left.
+  void Work() {
+    const int64_t states = params_.B * params_.HV;
+    for (int64_t part; (part = taken_.fetch_add(1)) < parts_;) {
+      DecodeStates(params_, states * part / parts_, states * (part + 1) / parts_);
+      done_.fetch_add(1, std::memory_order_release);
+    }
   }
-  share(0);
-  done.CountDown();
-  return future;
+
+  // Returns when the parts that others took are done. Only running threads have taken
+  // any, so this ends even where nothing else of the pool ever runs.
+  void Wait() const {
+    while (done_.load(std::memory_order_acquire) < parts_) std::this_thread::yield();
+  }
+
+ private:
+  const DecodeParams params_;
+  const int64_t parts_;
+  std::atomic<int64_t> taken_ = 0, done_ = 0;
+};
+
+// Spreads the states over XLA's pool and works on them itself. It returns when all is
+// done: XLA would hand a call that ends later from thread to thread.
+ffi::Error Execute(ffi::ThreadPool pool, const DecodeCall& call) {
+  ffi::ErrorOr<DecodeParams> params = ParamsOf(call);
+  if (params.has_error()) return params.error();
+
+  const int64_t states = params->B * params->HV;
+  const int64_t bytes =
+      states * params->K * params->V * (params->state.dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t threads = std::clamp<int64_t>(
+      std::min(bytes / kMinBytesPerThread, states), 1, pool.num_threads());
+  if (threads == 1) {
+    DecodeStates(*params, 0, states);
+    return ffi::Error::Success();
+  }
+  const auto shared =
+      std::make_shared<Shared>(*params, std::min(states, threads * kPartsPerThread));
+  for (int64_t other = 1; other < threads; ++other) {
+    pool.Schedule([shared] { shared->Work(); });
+  }
+  shared->Work();
+  shared->Wait();
+  return ffi::Error::Success();
 }
 
 XLA_FFI_DEFINE_HANDLER(
