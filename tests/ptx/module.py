@@ -183,4 +183,5 @@ def resources() -> dict[str, Resources]:
         for symbol, registers, stack, shared, local in re.findall(
             pattern, _dump("-res-usage")
         )
+        if IN_PLACE_PASS not in symbol
     }
