@@ -1,5 +1,6 @@
 #include "ffi/operands.h"
 
+#include <array>
 #include <initializer_list>
 #include <limits>
 
@@ -99,9 +100,24 @@ std::string Check(const DecodeOperands& x) {
   return check.error();
 }
 
+// The same tensor with one axis in place of all but the last three; `sizes` keeps its
+// shape.
+Tensor WithOneLeadingAxis(const Tensor& x, std::array<int64_t, 4>& sizes) {
+  if (x.rank <= sizes.size()) return x;
+  const size_t merged = x.rank - sizes.size();
+  sizes = {1, x.sizes[merged + 1], x.sizes[merged + 2], x.sizes[merged + 3]};
+  for (size_t i = 0; i <= merged; ++i) sizes[0] *= x.sizes[i];
+  return {x.data, x.dtype, sizes.data(), sizes.size()};
+}
+
 }  // namespace
 
-std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& x) {
+std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands) {
+  DecodeOperands x = operands;
+  std::array<int64_t, 4> state, new_state, out;
+  x.state = WithOneLeadingAxis(x.state, state);
+  x.new_state = WithOneLeadingAxis(x.new_state, new_state);
+  x.out = WithOneLeadingAxis(x.out, out);
   if (std::string error = Check(x); !error.empty()) return error;
   const auto input = [](const Tensor& tensor) {
     return Input{tensor.data, *tensor.dtype};

@@ -32,7 +32,8 @@ struct DecodeOperands {
   Layout layout;
 };
 
-// The parameters, or what is wrong with the operands.
+// The parameters, or what is wrong with the operands. What is updated in place, the
+// states and out, may have more leading axes: reshaped, XLA's host code would copy it.
 std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands);
 
 }  // namespace jax_gdn

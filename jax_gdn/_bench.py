@@ -138,8 +138,8 @@ class Chain(Protocol):
         ...
 
 
-class SteppedChain:
-    """Calls from Python, one after the other, over one state or several in turn."""
+class OwnChain:
+    """A chain of jitted calls; its kinds differ in what one program holds."""
 
     calls = 1
 
@@ -151,17 +151,31 @@ class SteppedChain:
         donate: bool = True,
         compiler_options: dict[str, Any] | None = None,
     ):
+        self._states = [jnp.array(x) for x in states]
+        self._rests = rests
+        self._out: Any = rests[0].get("v", ())  # then the last step's
         # keep_unused: a no-op must be handed what the call it stands beside is.
         self._call = jax.jit(
-            step,
+            self._program(step, donate),
             donate_argnums=0 if donate else (),
             keep_unused=True,
             compiler_options=compiler_options,
         )
-        self._states = [jnp.array(x) for x in states]
-        self._rests = rests
-        self._next = 0
-        self._out: Any = None  # the last step's
+
+    def _program(self, step: Step, donate: bool) -> Callable:
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        jax.block_until_ready((self._states, self._out))
+
+
+class SteppedChain(OwnChain):
+    """Calls from Python, one after the other, over one state or several in turn."""
+
+    _next = 0
+
+    def _program(self, step: Step, donate: bool) -> Callable:
+        return step
 
     def run(self, steps: int) -> None:
         for i in range(self._next, self._next + steps):
@@ -171,11 +185,8 @@ class SteppedChain:
             )
         self._next += steps
 
-    def wait(self) -> None:
-        jax.block_until_ready((self._states, self._out))
 
-
-class DeviceChain:
+class DeviceChain(OwnChain):
     """Calls over every set in turn, in one program, so that no host is between them.
 
     Donated, the repetition is in the program too; not donated, it makes one round.
@@ -183,51 +194,36 @@ class DeviceChain:
     its output as `v`, or, where there is none, its state.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        states: list[Array],
-        rests: list[Inputs],
-        donate: bool = True,
-        compiler_options: dict[str, Any] | None = None,
-    ):
+    def _program(self, step: Step, donate: bool) -> Callable:
+        sets = len(self._states)
         # Enough calls for one start of a command buffer, or of a program, not to count.
-        rounds = -(-CALLS_IN_A_ROW // len(states)) if donate else 1
-        a_round = 2 * sum(x.nbytes for x in states)
+        rounds = -(-CALLS_IN_A_ROW // sets) if donate else 1
+        a_round = 2 * sum(x.nbytes for x in self._states)
         trips = -(-BYTES_A_PROGRAM // (rounds * a_round)) if donate else 1
-        self.calls = trips * rounds * len(states)
-        self._rests = rests
+        self.calls = trips * rounds * sets
 
-        def linked(rest: Inputs, out: Any, before: Array | None) -> Inputs:
+        def linked(rest: Inputs, out: Any, before: Array) -> Inputs:
             if rest:
                 return rest | {"v": out}
-            return {} if before is None else {"after": before}
+            return {"after": before} if sets > 1 else {}
+
+        def every_set(rests, states, out):
+            states = list(states)
+            for _ in range(rounds):
+                for i, rest in enumerate(rests):
+                    states[i], out = step(states[i], linked(rest, out, states[i - 1]))
+            return states, out
 
         def loop(states, rests, out):
-            def every_set(_, carry):
-                states, out = list(carry[0]), carry[1]
-                for _ in range(rounds):
-                    for i, rest in enumerate(rests):
-                        before = states[i - 1] if len(states) > 1 else None
-                        states[i], out = step(states[i], linked(rest, out, before))
-                return states, out
+            return lax.fori_loop(
+                0, trips, lambda _, carry: every_set(rests, *carry), (states, out)
+            )
 
-            return lax.fori_loop(0, trips, every_set, (states, out))
-
-        self._call = jax.jit(
-            loop,
-            donate_argnums=0 if donate else (),
-            compiler_options=compiler_options,
-        )
-        self._states = [jnp.array(x) for x in states]
-        self._out = rests[0].get("v", ())
+        return loop
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self._states, self._out = self._call(self._states, self._rests, self._out)
-
-    def wait(self) -> None:
-        jax.block_until_ready((self._states, self._out))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,12 +75,31 @@ def _xla_unmapped(settings: Settings, *operands: Array) -> list[Array]:
 
 def native(settings: Settings, *operands: Array) -> list[Array]:
     """The native call, for operands with any number of mapped axes."""
-    if not settings.mapped:
-        return _native_unmapped(settings, *operands)
-    v, state = (operands[settings.index(name)] for name in ("v", "state"))
-    folded = _fold(settings, operands)
-    out, new_state = _native_unmapped(settings, *folded)
-    return [out.reshape(v.shape), new_state.reshape(state.shape)]
+    folded = _fold(settings, operands) if settings.mapped else list(operands)
+    shapes = [operands[settings.index(name)].shape for name in ("v", "state")]
+
+    def definition(*folded: Array) -> list[Array]:
+        results = _xla_unmapped(settings, *folded)
+        return [x.reshape(shape) for x, shape in zip(results, shapes, strict=True)]
+
+    # Types from the definition carry shardings and varying axes too.
+    results = jax.eval_shape(definition, *folded)
+    aliases = {settings.index("state"): 1}
+    if "output" in settings.operands:
+        aliases[settings.index("output")] = 0
+    for i in aliases:
+        folded[i] = operands[i]  # XLA's host code would copy what is reshaped
+    call = jax.ffi.ffi_call(
+        _registration.DECODE_TARGET, results, input_output_aliases=aliases
+    )
+    bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in settings.operands)
+    return call(
+        *folded,
+        scale=np.float32(settings.scale),
+        use_qk_l2norm=settings.use_qk_l2norm,
+        state_layout=np.int32(STATE_LAYOUTS.index(settings.state_layout)),
+        optional_operands=np.int32(bits),
+    )
 
 
 def _fold(settings: Settings, operands: tuple[Array, ...]) -> list[Array]:
@@ -103,22 +122,3 @@ def _fold(settings: Settings, operands: tuple[Array, ...]) -> list[Array]:
                 slots = jnp.where(inside, slots + first[:, None], -1)
                 folded[i] = slots.reshape(folded[i].shape)
     return folded
-
-
-def _native_unmapped(settings: Settings, *operands: Array) -> list[Array]:
-    # Types from the definition carry shardings and varying axes too.
-    results = jax.eval_shape(ft.partial(_xla_unmapped, settings), *operands)
-    aliases = {settings.index("state"): 1}
-    if "output" in settings.operands:
-        aliases[settings.index("output")] = 0
-    call = jax.ffi.ffi_call(
-        _registration.DECODE_TARGET, results, input_output_aliases=aliases
-    )
-    bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in settings.operands)
-    return call(
-        *operands,
-        scale=np.float32(settings.scale),
-        use_qk_l2norm=settings.use_qk_l2norm,
-        state_layout=np.int32(STATE_LAYOUTS.index(settings.state_layout)),
-        optional_operands=np.int32(bits),
-    )

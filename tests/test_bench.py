@@ -1,7 +1,9 @@
 """`jax-gdn bench`: what it writes, its statistics, and what it refuses to time."""
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -161,3 +163,49 @@ def test_device_chain_links_its_calls(donate, monkeypatch):
     for ours, theirs in zip(chain._states, states, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(chain._out, out)
+
+
+@pytest.fixture
+def script(request):
+    """A program of `benchmarks/`, as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{request.param}.py"
+    spec = importlib.util.spec_from_file_location(request.param, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+@pytest.mark.parametrize("script", ["compare"], indirect=True)
+def test_compare_times_what_is_right_and_names_the_rest(script, monkeypatch):
+    class Wrong(script.Own):
+        def __init__(self, inputs):
+            super().__init__(inputs)
+            right = self.once
+            self.once = lambda: (right()[0], right()[1] * (1 + 1e-3))
+
+    def missing(inputs):
+        raise ImportError("nowhere")
+
+    monkeypatch.setattr(script, "ON_GPU", False)
+    monkeypatch.setattr(script.peers_cpu, "PEERS", {"wrong": Wrong, "missing": missing})
+    rows = {
+        row["peer"]: row for row in script.compare(1, 0.02, warm=False, skip=["XLA"])
+    }
+    timed = {name for name, row in rows.items() if "median" in row}
+    native = {"jax_gdn native", "jax_gdn native, V-major"}
+    assert timed == native | {"in-place pass, float32"}
+    assert rows["missing"]["note"] == "not installed (nowhere)"
+    assert rows["wrong"]["note"].startswith("failed: wrong: {'out'")
+
+
+@pytest.mark.parametrize("script", ["layers"], indirect=True)
+def test_layers_keep_their_states(script, monkeypatch):
+    monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
+    rows = script.measure(layers=2, B=1, seconds=0.02)["rows"]
+    assert rows.pop("kernel alone")["host_share"] == 0
+    assert len(rows) == 5
+    assert all(row["buffers_stayed"] for row in rows.values())

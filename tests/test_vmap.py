@@ -142,18 +142,6 @@ def test_nested():
             assert_close(got[1][i, j], state, STATE_TOLERANCE, "state")
 
 
-def test_one_aliased_call():
-    arrays, _, _ = stacked(Case(**SMALL), NAMES)
-    state = jnp.array(arrays.pop("state"))
-
-    def call(state, rest):
-        out, state = jax.vmap(lambda s, r: jax_gdn.decode(state=s, **r))(state, rest)
-        return state, out
-
-    text = jax.jit(call, donate_argnums=0).lower(state, arrays).compile().as_text()
-    assert calls(text) == state_aliases(text) == 1
-
-
 POOL = Case(
     **SMALL,
     T=2,
@@ -162,6 +150,26 @@ POOL = Case(
     writes=((1, -1), (5, 2), (3, 3)),
     state="float16",
 )
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_one_aliased_call(pool):
+    """One call, the state's buffer kept, and nothing else as large as the state."""
+    case = POOL if pool else Case(**SMALL)
+    slots = tuple(case.slots)
+    arrays, _, _ = stacked(case, (*NAMES, *slots))
+    state = jnp.array(arrays.pop("state"))
+    where = state.unsafe_buffer_pointer()
+
+    def call(state, rest):
+        out, state = jax.vmap(lambda s, r: jax_gdn.decode(state=s, **r))(state, rest)
+        return state, out
+
+    compiled = jax.jit(call, donate_argnums=0).lower(state, arrays).compile()
+    text = compiled.as_text()
+    assert calls(text) == state_aliases(text) == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < state.nbytes / 2
+    assert compiled(state, arrays)[0].unsafe_buffer_pointer() == where
 
 
 @pytest.mark.parametrize(
