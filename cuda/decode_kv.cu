@@ -7,10 +7,9 @@
 // and S_new = exp(g) S_old + k u^T is made from the registers that hold S_old. There
 // the state stays, as float32, until the last token is done.
 //
-// A block owns the K x VT tile of one state. A thread owns C neighbouring columns, 16
-// bytes: 4 of a float32 state, 8 of a 16-bit one. Rows fall into 16 classes: row r is
-// of class r / 4 mod 16. A thread has all rows of 16 / G neighbouring classes, G being
-// 8 or 16.
+// A block owns the K x VT tile of one state. A thread owns C neighbouring columns, one
+// access: 4, or 8 of a 16-bit state. Rows fall into 16 classes: row r is of class r / 4
+// mod 16. A thread has all rows of 16 / G neighbouring classes, G being 8 or 16.
 //
 //                  column 0..C-1  C..2C-1    ...   VT-C..VT-1
 //     group 0       thread 0     thread 1   ...   thread L-1        L = VT / C lanes
@@ -28,7 +27,7 @@
 // A "step" kernel is the same with what a decode loop has fixed: one token, V = K,
 // bfloat16 inputs and out, one decay a head. It has less to decide and to hold.
 #include "cuda/decode_kv.h"
-#include "cuda/tile.cuh"
+#include "cuda/entries.cuh"
 
 namespace jax_gdn {
 namespace {
@@ -41,60 +40,35 @@ __device__ __forceinline__ int ValueChannels(const DecodeParams& p) {
 
 // The thread's first row and column of a slot's state.
 template <typename T>
-__device__ __forceinline__ uint4* FirstRow(const DecodeParams& p, const Place& at,
-                                           int32_t slot, const Thread<T>& thread) {
+__device__ __forceinline__ typename T::Access* FirstRow(const DecodeParams& p,
+                                                        const Place& at, int32_t slot,
+                                                        const Thread<T>& thread) {
   const int64_t row = HeadOfSlot(p, slot, at.hv) * T::K + thread.Quad(0, 0);
   const int64_t element = row * ValueChannels<T>(p) + at.first_column + thread.column;
-  return reinterpret_cast<uint4*>(static_cast<char*>(p.state.data) +
-                                  element * kStateBytes<T::kState>);
+  return reinterpret_cast<typename T::Access*>(static_cast<char*>(p.state.data) +
+                                               element * kStateBytes<T::kState>);
 }
 
-// Calls f(i, row) for each row i that a thread owns, which lies `row` below its first.
-template <typename T, typename F>
-__device__ __forceinline__ void ForEachRow(F f) {
+// Over a thread's rows: of a class in order, then its two classes together; then over
+// the groups of its warp.
+template <typename T, typename Entries>
+__device__ __forceinline__ Sums<T::kColumns> SumRows(const Owned<T>& state,
+                                                     const Entries& entries) {
+  Sums<T::kColumns> sums[T::kOwnClasses] = {};
 #pragma unroll
   for (int c = 0; c < T::kOwnClasses; ++c) {
 #pragma unroll
     for (int j = 0; j < T::kQuads; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        f((c * T::kQuads + j) * 4 + r, 4 * (c + j * kClasses) + r);
-      }
-    }
-  }
-}
-
-template <typename T>
-struct Sums {
-  Columns<T::kColumns> p, r;  // k^T S, q^T S
-};
-
-// Over a thread's rows: of a class in order, then its two classes together.
-template <typename T>
-__device__ __forceinline__ Sums<T> SumRows(const DecodeParams& p, const Owned<T>& state,
-                                           const HeadInputs<T::K, !T::kStep>& in,
-                                           const Thread<T>& thread) {
-  const float *q = in.q, *k = in.k;
-  if constexpr (!T::kStep) {
-    if (p.per_channel) q = in.decayed_q, k = in.decayed_k;
-  }
-  Sums<T> sums[T::kOwnClasses] = {};
-#pragma unroll
-  for (int c = 0; c < T::kOwnClasses; ++c) {
-#pragma unroll
-    for (int j = 0; j < T::kQuads; ++j) {
-      const int quad = thread.Quad(c, j);
-      const float4 q4 = *reinterpret_cast<const float4*>(q + quad);
-      const float4 k4 = *reinterpret_cast<const float4*>(k + quad);
-      const float q_r[4] = {q4.x, q4.y, q4.z, q4.w}, k_r[4] = {k4.x, k4.y, k4.z, k4.w};
+      const float4 q4 = entries.DecayedQ(c, j), k4 = entries.DecayedK(c, j);
+      const float q[4] = {q4.x, q4.y, q4.z, q4.w}, k[4] = {k4.x, k4.y, k4.z, k4.w};
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         float s[T::kColumns];
         state.Get((c * T::kQuads + j) * 4 + r, s);
 #pragma unroll
         for (int i = 0; i < T::kColumns; ++i) {
-          sums[c].p.x[i] = fmaf(k_r[r], s[i], sums[c].p.x[i]);
-          sums[c].r.x[i] = fmaf(q_r[r], s[i], sums[c].r.x[i]);
+          sums[c].p.x[i] = fmaf(k[r], s[i], sums[c].p.x[i]);
+          sums[c].r.x[i] = fmaf(q[r], s[i], sums[c].r.x[i]);
         }
       }
     }
@@ -102,33 +76,28 @@ __device__ __forceinline__ Sums<T> SumRows(const DecodeParams& p, const Owned<T>
   if constexpr (T::kOwnClasses == 2) {
     sums[0] = {sums[0].p + sums[1].p, sums[0].r + sums[1].r};
   }
+  AddGroups<T>(sums[0].p);
+  AddGroups<T>(sums[0].r);
   return sums[0];
 }
 
-template <typename T>
-__device__ __forceinline__ void UpdateRows(const HeadInputs<T::K, !T::kStep>& in,
-                                           float common_decay,
+template <typename T, typename Entries>
+__device__ __forceinline__ void UpdateRows(const Entries& entries, float common_decay,
                                            const float (&u)[T::kColumns],
-                                           const Thread<T>& thread, Owned<T>& state) {
+                                           Owned<T>& state) {
 #pragma unroll
   for (int c = 0; c < T::kOwnClasses; ++c) {
 #pragma unroll
     for (int j = 0; j < T::kQuads; ++j) {
-      const int quad = thread.Quad(c, j);
-      const float4 k4 = *reinterpret_cast<const float4*>(in.k + quad);
-      const float k_r[4] = {k4.x, k4.y, k4.z, k4.w};
-      float decay[4] = {common_decay, common_decay, common_decay, common_decay};
-      if constexpr (!T::kStep) {
-        const float4 d4 = *reinterpret_cast<const float4*>(in.decay + quad);
-        decay[0] = d4.x, decay[1] = d4.y, decay[2] = d4.z, decay[3] = d4.w;
-      }
+      const float4 k4 = entries.K(c, j), d4 = entries.Decay(c, j, common_decay);
+      const float k[4] = {k4.x, k4.y, k4.z, k4.w};
+      const float decay[4] = {d4.x, d4.y, d4.z, d4.w};
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         float s[T::kColumns];
         state.Get((c * T::kQuads + j) * 4 + r, s);
 #pragma unroll
-        for (int i = 0; i < T::kColumns; ++i)
-          s[i] = fmaf(k_r[r], u[i], decay[r] * s[i]);
+        for (int i = 0; i < T::kColumns; ++i) s[i] = fmaf(k[r], u[i], decay[r] * s[i]);
         state.Set((c * T::kQuads + j) * 4 + r, s);
       }
     }
@@ -166,184 +135,249 @@ __device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
   }
 }
 
+// Stores out of the thread's columns, and returns u times what normalises k.
 template <typename T>
-__device__ __forceinline__ void BlockSync() {
-  if constexpr (T::kWarps == 1) {
-    __syncwarp();
-  } else {
-    __syncthreads();
-  }
-}
-
-// Token t, whose inputs are in shared memory but for v.
-template <typename T>
-__device__ __forceinline__ void DecodeToken(
+__device__ __forceinline__ Columns<T::kColumns> Solve(
     const DecodeParams& p, const Place& at, int64_t t, const Thread<T>& thread,
-    const RawV<T>& raw_v, const GateInputs& gate_inputs,
-    HeadInputs<T::K, !T::kStep>& in, typename T::Shared& shared, Owned<T>& state) {
-  constexpr int C = T::kColumns;
-  Gates gates;
-  if constexpr (T::kStep) {
-    // Late, so that the rows do not wait for what follows from norms.
-    if (thread.warp == 0) {
-      gates = MakeGates<true>(p, gate_inputs);
-      if (T::kWarps > 1 && thread.lane == 0) in.gates = gates;
-    }
-  }
-  Sums<T> sums = SumRows<T>(p, state, in, thread);
-  AddGroups<T>(sums.p);
-  AddGroups<T>(sums.r);
-  if constexpr (T::kWarps > 1) {
-    // Two buffers, so that no warp waits for another to have read this token's.
-    const int buffer = T::kStep ? 0 : t % 2;
-    if (thread.lane < T::kLanes) {
-      PutColumns<T>(sums.p, shared.p[buffer][thread.warp], thread.column);
-      PutColumns<T>(sums.r, shared.r[buffer][thread.warp], thread.column);
-    }
-    BlockSync<T>();
-    sums.p = TreeSum<T, 0, T::kWarps>(shared.p[buffer], thread.column);
-    if (thread.group == 0) {
-      sums.r = TreeSum<T, 0, T::kWarps>(shared.r[buffer], thread.column);
-    }
-  }
-  if constexpr (!T::kStep || T::kWarps > 1) gates = in.gates;
-  float u[C], out[C];  // u times what normalises k
+    const RawV<T>& raw_v, const Gates& gates, const Sums<T::kColumns>& sums) {
+  Columns<T::kColumns> u;
+  float out[T::kColumns];
 #pragma unroll
-  for (int c = 0; c < C; c += 4) {
+  for (int c = 0; c < T::kColumns; c += 4) {
     const float4 v4 = Widen(raw_v.x[c / 4], TypeOf<T::kStep>(p.v));
     const float v[4] = {v4.x, v4.y, v4.z, v4.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float u_i = gates.beta * fmaf(-gates.decayed_k, sums.p.x[c + i], v[i]);
       out[c + i] = fmaf(gates.qk, u_i, gates.decayed_q * sums.r.x[c + i]);
-      u[c + i] = gates.k_factor * u_i;
+      u.x[c + i] = gates.k_factor * u_i;
     }
   }
   if (thread.group == 0) StoreOut<T>(p, at, t, thread.column, out);
-  state.ForgetUnpacked();
-  UpdateRows<T>(in, gates.decay, u, thread, state);
+  return u;
 }
 
-// Grid: (V / VT, HV, B).
+// A row that is padding.
 template <typename T>
-__device__ __forceinline__ void DecodeTile(const DecodeParams& p) {
-  constexpr int C = T::kColumns;
-  const Thread<T> thread;
-  const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
-  const int64_t tokens = T::kStep ? 1 : p.T;
-
-  const int32_t read = ReadSlot(p, at.n);
-  if (read == kNoSlot) {
-    const float zeros[C] = {};
-    for (int64_t t = 0; t < tokens && thread.group == 0; ++t) {
-      StoreOut<T>(p, at, t, thread.column, zeros);
-    }
-    return;
+__device__ __forceinline__ void StoreZeros(const DecodeParams& p, const Place& at,
+                                           int64_t tokens, const Thread<T>& thread) {
+  const float zeros[T::kColumns] = {};
+  for (int64_t t = 0; t < tokens && thread.group == 0; ++t) {
+    StoreOut<T>(p, at, t, thread.column, zeros);
   }
+}
 
+// One token, from the thread's rows to the new state.
+template <typename T, typename Entries>
+__device__ __forceinline__ void Finish(const DecodeParams& p, const Place& at,
+                                       const Thread<T>& thread, const RawV<T>& raw_v,
+                                       const Entries& entries, const Gates& gates,
+                                       const Sums<T::kColumns>& sums, int32_t wanted,
+                                       Owned<T>& state) {
+  const Columns<T::kColumns> u = Solve<T>(p, at, 0, thread, raw_v, gates, sums);
+  state.ForgetUnpacked();
+  UpdateRows<T>(entries, gates.decay, u.x, state);
+  if (CheckSlot(p, wanted) == kNoSlot) return;
+  StoreRows<T>(FirstRow<T>(p, at, wanted, thread), T::K / T::kColumns, state);
+}
+
+// One token. The first warp stages q and k, and makes the gates while the others sum.
+template <typename T>
+__device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& at,
+                                           const Thread<T>& thread, int32_t read) {
+  __shared__ HeadInputs<T::K, true> in;
+  __shared__ SharedSums<T> shared;
   // The state's loads before all else.
-  uint4 bits[T::kRows];
-  const uint4* from = FirstRow<T>(p, at, read, thread);
-  const int64_t stride = ValueChannels<T>(p) / C;  // of rows
-  ForEachRow<T>(
-      [&](int i, int row) { bits[i] = LoadState<T::kStreaming>(from + row * stride); });
+  typename T::Access bits[T::kRows];
+  LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);
   __syncwarp();  // The compiler moves no access across.
-  RawV<T> raw_v;
-  if constexpr (T::kStep) raw_v = LoadV<T>(p, at, 0, thread.column);
+  const RawV<T> raw_v = LoadV<T>(p, at, 0, thread.column);
   __syncwarp();
-  __shared__ typename T::Shared shared;
-  Owned<T> state;
   GateInputs gate_inputs;
+  if (thread.warp == 0) {
+    gate_inputs = StageHead<T::K, true>(p, at, 0, thread.lane, in);
+  }
+  Owned<T> state;
+  state.Unpack(bits);
+  BlockSync<T>();
+  const int32_t wanted = WantedSlot(p, at.n, 0, read);
+  Gates gates;
+  // Late, so that the rows do not wait for what follows from norms.
+  if (thread.warp == 0) {
+    gates = MakeGates<true>(p, gate_inputs);
+    if (T::kWarps > 1 && thread.lane == 0) in.gates = gates;
+  }
+  const StagedEntries<T> entries = {in, false, thread};
+  Sums<T::kColumns> sums = SumRows<T>(state, entries);
+  PutSums<T>(sums, thread, shared);
+  if constexpr (T::kWarps > 1) {
+    BlockSync<T>();
+    AddWarps<T>(shared, thread, sums);
+    gates = in.gates;
+  }
+  Finish<T>(p, at, thread, raw_v, entries, gates, sums, wanted, state);
+}
+
+// One token. A warp more makes the gates, threads load their own entries of q and k,
+// and all meet once: the fastest where a multiprocessor has few blocks.
+template <typename T>
+__device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Place& at,
+                                                const Thread<T>& thread, int32_t read) {
+  __shared__ SharedSums<T> shared;
+  __shared__ Gates shared_gates;
+  // From lane 0, so that the compiler sees that no warp diverges here; else it keeps a
+  // second copy of what follows.
+  if (__shfl_sync(0xffffffffu, thread.warp, 0) == T::kWarps) {
+    const RawHead<T::K> head = LoadHead<T::K, true>(p, at, 0, thread.lane);
+    const auto none = [](int, const float2&, const float2&) {};
+    const Gates gates = MakeGates<true>(p, WidenHead<T::K, true>(p, head, none));
+    if (thread.lane == 0) shared_gates = gates;
+    return Arrive<T::kThreads>();
+  }
+  OwnEntries<T> entries;
+  entries.LoadFrom(p, at.KeyRow<T::K, true>(p, 0), thread);
+  const RawV<T> raw_v = LoadV<T>(p, at, 0, thread.column);
+  __syncwarp();  // The compiler moves no access across.
+  typename T::Access bits[T::kRows];
+  LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);
+  const int32_t wanted = WantedSlot(p, at.n, 0, read);
+  __syncwarp();
+  Owned<T> state;
+  state.Unpack(bits);
+  Sums<T::kColumns> sums = SumRows<T>(state, entries);
+  PutSums<T>(sums, thread, shared);
+  WaitForArrivals<T::kThreads>();
+  AddWarps<T>(shared, thread, sums);
+  const Gates gates = shared_gates;
+  Finish<T>(p, at, thread, raw_v, entries, gates, sums, wanted, state);
+}
+
+// Any number of tokens, whose inputs are staged in shared memory.
+template <typename T>
+__device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place& at,
+                                             const Thread<T>& thread, int32_t read) {
+  typename T::Access bits[T::kRows];
+  LoadRows<T>(FirstRow<T>(p, at, read, thread), p.V / T::kColumns, bits);
+  __syncwarp();  // The compiler moves no access across.
+  __shared__ HeadInputs<T::K, false> inputs[T::kTokens];
+  // Two, so that no warp waits for another to have read the last token's.
+  __shared__ SharedSums<T> shared[2];
   const auto stage = [&](int64_t first) {  // a token a warp
-    if (thread.warp >= T::kTokens || first + thread.warp >= tokens) return;
-    auto& in = shared.in[thread.warp];
-    const int64_t t = first + thread.warp;
-    gate_inputs = StageToken<T::K, T::kStep>(p, at, t, thread.lane, in);
-    if constexpr (!T::kStep) {
-      const Gates gates = MakeGates<false>(p, gate_inputs);
-      StageDecays<T::K>(p, at, t, thread.lane, gate_inputs.A_log, gates.decay, in);
-      if (thread.lane == 0) in.gates = gates;
-    }
+    if (thread.warp >= T::kTokens || first + thread.warp >= p.T) return;
+    StageToken<T::K>(p, at, first + thread.warp, thread.lane, inputs[thread.warp]);
   };
   stage(0);
+  Owned<T> state;
   state.Unpack(bits);
 #pragma unroll 1
-  for (int64_t first = 0; first < tokens; first += T::kTokens) {
+  for (int64_t first = 0; first < p.T; first += T::kTokens) {
     if (first > 0) {
       BlockSync<T>();  // the last round's inputs are still read
       stage(first);
     }
     BlockSync<T>();
 #pragma unroll 1
-    for (int i = 0; i < T::kTokens && first + i < tokens; ++i) {
+    for (int i = 0; i < T::kTokens && first + i < p.T; ++i) {
       const int64_t t = first + i;
       const int32_t wanted = WantedSlot(p, at.n, t, read);
-      if constexpr (!T::kStep) raw_v = LoadV<T>(p, at, t, thread.column);
-      DecodeToken<T>(p, at, t, thread, raw_v, gate_inputs, shared.in[i], shared, state);
-      if ((T::kStep || p.snapshots || t + 1 == tokens) &&
-          CheckSlot(p, wanted) != kNoSlot) {
-        uint4* to = FirstRow<T>(p, at, wanted, thread);
+      const RawV<T> raw_v = LoadV<T>(p, at, t, thread.column);
+      const StagedEntries<T> entries = {inputs[i], p.per_channel, thread};
+      Sums<T::kColumns> sums = SumRows<T>(state, entries);
+      PutSums<T>(sums, thread, shared[t % 2]);
+      if constexpr (T::kWarps > 1) BlockSync<T>();
+      AddWarps<T>(shared[t % 2], thread, sums);
+      const Gates gates = inputs[i].gates;
+      const Columns<T::kColumns> u = Solve<T>(p, at, t, thread, raw_v, gates, sums);
+      UpdateRows<T>(entries, gates.decay, u.x, state);
+      if ((p.snapshots || t + 1 == p.T) && CheckSlot(p, wanted) != kNoSlot) {
         // Why: kept since the loads, the rows' addresses would cost 2 registers each.
-        const int64_t stride = T::kStep ? T::K / C : Recompute(ValueChannels<T>(p) / C);
-        ForEachRow<T>([&](int i, int row) {
-          StoreState<T::kStreaming>(to + row * stride, state.Bits(i));
-        });
+        const int64_t stride = Recompute(p.V / T::kColumns);
+        StoreRows<T>(FirstRow<T>(p, at, wanted, thread), stride, state);
       }
     }
+  }
+}
+
+// Grid: (V / VT, HV, B).
+template <typename T>
+__device__ __forceinline__ void Decode(const DecodeParams& p) {
+  const Thread<T> thread;
+  const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
+  const int32_t read = ReadSlot(p, at.n);
+  if (read == kNoSlot) {
+    StoreZeros<T>(p, at, T::kStep ? 1 : p.T, thread);
+  } else if constexpr (T::kGateWarp) {
+    DecodeStepApart<T>(p, at, thread, read);
+  } else if constexpr (T::kStep) {
+    DecodeStep<T>(p, at, thread, read);
+  } else {
+    DecodeTokens<T>(p, at, thread, read);
   }
 }
 
 }  // namespace
 
 // A kernel under a name that reads well in a profiler; see Kernel.
-#define JAX_GDN_NAME(kind, name, K, VT, G) gdn_##kind##_kv_##name##_k##K##_vt##VT##_g##G
-#define JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks) \
-  Tile<dtype, K, VT, G, streaming, blocks, JAX_GDN_IS_STEP_##kind>
+#define JAX_GDN_NAME(kind, name, K, VT, C, G, extra) \
+  gdn_##kind##_kv_##name##_k##K##_vt##VT##_c##C##_g##G##extra
+#define JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks) \
+  Tile<dtype, K, VT, C, G, streaming, blocks, JAX_GDN_IS_STEP_##kind,    \
+       JAX_GDN_GATES##extra>
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
-#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, G, streaming, blocks, max_states)  \
+#define JAX_GDN_GATES false
+#define JAX_GDN_GATES_gw true
+#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, C, G, extra, streaming, blocks,    \
+                       max_states)                                                  \
   extern "C" __global__ void __launch_bounds__(                                     \
-      (JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks)::kThreads), (blocks)) \
-      JAX_GDN_NAME(kind, name, K, VT, G)(const __grid_constant__ DecodeParams p) {  \
-    DecodeTile<JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks)>(p);          \
+      (JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks)::kThreads), \
+      (blocks)) JAX_GDN_NAME(kind, name, K, VT, C, G,                               \
+                             extra)(const __grid_constant__ DecodeParams p) {       \
+    Decode<JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks)>(p);    \
   }
-#define JAX_GDN_LIST(kind, name, dtype, K, VT, G, streaming, blocks, max_states) \
-  {"gdn_" #kind "_kv_" #name "_k" #K "_vt" #VT "_g" #G,                          \
-   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, G)),            \
-   Layout::kKV,                                                                  \
-   dtype,                                                                        \
-   K,                                                                            \
-   VT,                                                                           \
-   JAX_GDN_TILE(kind, dtype, K, VT, G, streaming, blocks)::kThreads,             \
-   JAX_GDN_IS_STEP_##kind,                                                       \
+#define JAX_GDN_LIST(kind, name, dtype, K, VT, C, G, extra, streaming, blocks,  \
+                     max_states)                                                \
+  {"gdn_" #kind "_kv_" #name "_k" #K "_vt" #VT "_c" #C "_g" #G #extra,          \
+   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, C, G, extra)), \
+   Layout::kKV,                                                                 \
+   dtype,                                                                       \
+   K,                                                                           \
+   VT,                                                                          \
+   JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks)::kThreads,  \
+   JAX_GDN_IS_STEP_##kind,                                                      \
    max_states},
 
-// Every tile, the smallest first: kind, state, K, VT, G, streaming, blocks, max_states.
-// Tuned at K = 128 on an H200; a larger K has no registers to share.
+// Every tile, the smallest first: kind, state, K, VT, columns of a thread, row groups,
+// whether it has a gate warp, streaming, blocks on a multiprocessor, max_states. Tuned
+// at K = 128 on an H200; a larger K has no registers to share.
 // clang-format off
+#define JAX_GDN_FOR_EACH_SMALL_TILE(X, K)                                               \
+  X(step, f32, DType::kFloat32, K, 16, 4, 8, _gw, true, 1, 32)                          \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, 16, _gw, true, 1, 64)
 #define JAX_GDN_FOR_EACH_TILE(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 16, 8, true, 1, 256)                                 \
-  X(step, f32, DType::kFloat32, K, 64, 8, true, 1, 2048)                                \
-  X(step, f32, DType::kFloat32, K, 64, 16, false, 1, kMany)                             \
-  X(step, bf16, DType::kBFloat16, K, 64, 8, false, K <= 128 ? 6 : 1, 2048)              \
-  X(decode, bf16, DType::kBFloat16, K, 16, 16, true, 1, 256)                            \
-  X(decode, bf16, DType::kBFloat16, K, 64, 16, false, K <= 128 ? 3 : 1, kMany)          \
-  X(decode, f16, DType::kFloat16, K, 16, 16, true, 1, 256)                              \
-  X(decode, f16, DType::kFloat16, K, 64, 16, false, 1, kMany)
-// Where K, which is V, has such columns.
+  X(step, f32, DType::kFloat32, K, 16, 4, 8, , true, 1, 256)                            \
+  X(step, f32, DType::kFloat32, K, 64, 4, 8, , true, 1, 2048)                           \
+  X(step, f32, DType::kFloat32, K, 64, 4, 16, , false, 1, kMany)                        \
+  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 2048)         \
+  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 256)                       \
+  X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, kMany)     \
+  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 256)                         \
+  X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, 1, kMany)
+// Where V, which is K, has such columns.
 #define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
-  X(step, bf16, DType::kBFloat16, K, 128, 8, false, 1, kMany)
+  X(step, bf16, DType::kBFloat16, K, 128, 4, 8, , false, 2, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
-  X(step, bf16, DType::kBFloat16, K, 32, G, true, 1, 256)                               \
-  X(decode, f32, DType::kFloat32, K, 16, G, true, 1, 256)                               \
-  X(decode, f32, DType::kFloat32, K, 64, G, false, K <= 128 ? 3 : 1, kMany)
+  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 256)                          \
+  X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 256)                          \
+  X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
-  JAX_GDN_FOR_EACH_DEEP_TILE(X, 64, 8) JAX_GDN_FOR_EACH_DEEP_TILE(X, 128, 8)            \
-  JAX_GDN_FOR_EACH_DEEP_TILE(X, 192, 16) JAX_GDN_FOR_EACH_DEEP_TILE(X, 256, 16)         \
+  JAX_GDN_FOR_EACH_SMALL_TILE(X, 128)                                                   \
   JAX_GDN_FOR_EACH_TILE(X, 64) JAX_GDN_FOR_EACH_TILE(X, 128)                            \
   JAX_GDN_FOR_EACH_TILE(X, 192) JAX_GDN_FOR_EACH_TILE(X, 256)                           \
-  JAX_GDN_FOR_EACH_WIDE_TILE(X, 128) JAX_GDN_FOR_EACH_WIDE_TILE(X, 256)
+  JAX_GDN_FOR_EACH_DEEP_TILE(X, 64, 8) JAX_GDN_FOR_EACH_DEEP_TILE(X, 128, 8)            \
+  JAX_GDN_FOR_EACH_DEEP_TILE(X, 192, 16) JAX_GDN_FOR_EACH_DEEP_TILE(X, 256, 16)         \
+  JAX_GDN_FOR_EACH_WIDE_TILE(X, 128)
 // clang-format on
 
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)

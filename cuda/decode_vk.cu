@@ -21,135 +21,61 @@
 // in decode_kv.cu, what normalises q and k is a factor on the sums, and a "step" kernel
 // is the same with what a decode loop has fixed.
 #include "cuda/decode_vk.h"
-#include "cuda/gates.cuh"
-#include "cuda/state.cuh"
+#include "cuda/rows.cuh"
 
 namespace jax_gdn {
 namespace {
 
-template <DType kState_, int K_, int VT_, bool kStreaming_, bool kStep_>
-struct Rows {
-  static constexpr DType kState = kState_;
-  static constexpr int K = K_, VT = VT_;
-  static constexpr bool kStep = kStep_;
-  static constexpr int kWidth = kValues<kState>;  // values in an access
-  static constexpr int kAccesses = K / kWidth;    // of a row
-  // The largest power of two that divides them, at most a warp.
-  static constexpr int kPower = kAccesses & -kAccesses;
-  static constexpr int kLanes = kPower < 32 ? kPower : 32;  // that share a row
-  static constexpr int kParts = kAccesses / kLanes;  // accesses of a lane and row
-  static constexpr int kOwn = kParts * kWidth;       // values of a lane and row
-  static constexpr int kRowsAtOnce = 32 / kLanes;
-  static constexpr int kRows = VT / kRowsAtOnce;  // of a lane
-  // Lanes that are left with the sums of the same row.
-  static constexpr int kSameRow = kLanes / kRows;
-  static constexpr bool kStreaming = kStreaming_;  // see LoadState
-  static_assert(kRows >= 1 && kSameRow >= 1);
-};
-
-// A lane's part of a K-vector.
-template <typename T>
-struct Vector {
-  float x[T::kOwn];
-};
-
-// The part as it is stored.
-template <typename T>
-struct RawVector {
-  Raw<4> x[T::kOwn / 4];
-};
-
-template <typename T, bool kNarrow>
-__device__ __forceinline__ RawVector<T> LoadVector(const Input& input, int64_t first,
-                                                   int lane) {
-  RawVector<T> raw;
-  const int64_t own = first + T::kWidth * (lane % T::kLanes);
-#pragma unroll
-  for (int part = 0; part < T::kParts; ++part) {
-#pragma unroll
-    for (int i = 0; i < T::kWidth; i += 4) {
-      raw.x[(part * T::kWidth + i) / 4] =
-          LoadRaw<4, kNarrow>(input, own + T::kWidth * T::kLanes * part + i);
-    }
-  }
-  return raw;
-}
-
-template <typename T>
-__device__ __forceinline__ Vector<T> Widen(const RawVector<T>& raw, DType dtype) {
-  Vector<T> vector;
-#pragma unroll
-  for (int i = 0; i < T::kOwn / 4; ++i) {
-    const float4 x = Widen(raw.x[i], dtype);
-    vector.x[4 * i] = x.x, vector.x[4 * i + 1] = x.y;
-    vector.x[4 * i + 2] = x.z, vector.x[4 * i + 3] = x.w;
-  }
-  return vector;
-}
-
-// A lane's part of a sum over K.
-template <typename T>
-__device__ __forceinline__ float DotOwn(const Vector<T>& x, const float* y) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < T::kOwn; ++i) sum = fmaf(x.x[i], y[i], sum);
-  return sum;
-}
-
-// The sums of all rows over the lanes that share them: the butterfly of `WarpSum`, in
-// which a lane passes on only what it keeps no more. It is left with one row, which
-// its upper bits name (see OwnRow), in x[0].
-template <typename T, int kOffset = T::kLanes / 2, int kLeft = T::kRows>
-__device__ __forceinline__ void SumRows(float (&x)[T::kRows], int lane) {
-  if constexpr (kOffset > 0) {
-    if constexpr (kLeft > 1) {
-      const bool upper = lane & kOffset;
-#pragma unroll
-      for (int i = 0; i < kLeft / 2; ++i) {
-        const float passed = upper ? x[i] : x[i + kLeft / 2];
-        const float kept = upper ? x[i + kLeft / 2] : x[i];
-        x[i] = kept + __shfl_xor_sync(0xffffffffu, passed, kOffset);
-      }
-      SumRows<T, kOffset / 2, kLeft / 2>(x, lane);
-    } else {
-      x[0] += __shfl_xor_sync(0xffffffffu, x[0], kOffset);
-      SumRows<T, kOffset / 2, 1>(x, lane);
-    }
-  }
-}
-
-// Of the block's rows, the one whose sums the lane is left with.
-template <typename T>
-__device__ __forceinline__ int OwnRow(int lane) {
-  return lane % T::kLanes / T::kSameRow * T::kRowsAtOnce + lane / T::kLanes;
-}
-
-// What one token brings to a head, as it comes.
+// What one token brings to a head, on its way: v of the lane's own row, q and k.
 template <typename T>
 struct RawToken {
-  float A_log;
-  Raw<1> a, dt_bias, b, v;  // v of the lane's own row
+  Raw<1> v;
   RawVector<T> q, k;
 };
 
 template <typename T>
 __device__ __forceinline__ RawToken<T> LoadToken(const DecodeParams& p, int64_t head,
-                                                 int64_t key_head, unsigned hv, int row,
-                                                 int lane) {
+                                                 int64_t key_head, int row, int lane) {
   RawToken<T> x;
-  Load(p.A_log + hv, x.A_log);
-  x.b = LoadRaw<1, T::kStep>(p.b, head);
-  x.a = x.dt_bias = {};
-  if (T::kStep || !p.per_channel) {
-    x.a = LoadRaw<1, T::kStep>(p.a, head);
-    x.dt_bias = LoadRaw<1>(p.dt_bias, hv);
-  }
   x.v = LoadRaw<1, T::kStep>(p.v, head * (T::kStep ? T::K : p.V) + row);
   __syncwarp();  // The compiler moves no access across.
   x.q = LoadVector<T, T::kStep>(p.q, key_head * T::K, lane);
   x.k = LoadVector<T, T::kStep>(p.k, key_head * T::K, lane);
   __syncwarp();
   return x;
+}
+
+// What its gates are made of.
+struct RawGates {
+  float A_log;
+  Raw<1> a, dt_bias, b;
+};
+
+template <typename T>
+__device__ __forceinline__ RawGates LoadGates(const DecodeParams& p, int64_t head,
+                                              unsigned hv) {
+  RawGates x = {};
+  Load(p.A_log + hv, x.A_log);
+  x.b = LoadRaw<1, T::kStep>(p.b, head);
+  if (T::kStep || !p.per_channel) {
+    x.a = LoadRaw<1, T::kStep>(p.a, head);
+    x.dt_bias = LoadRaw<1>(p.dt_bias, hv);
+  }
+  __syncwarp();
+  return x;
+}
+
+struct Gates {
+  float decay;  // exp(g), common to the head; 1 where each channel has its own
+  float beta;   // write strength
+};
+
+template <typename T>
+__device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const RawGates& x) {
+  const float decay_input =
+      Widen(x.a, TypeOf<T::kStep>(p.a)) + Widen(x.dt_bias, p.dt_bias.dtype);
+  return {!T::kStep && p.per_channel ? 1.0f : Decay(x.A_log, decay_input),
+          Beta(Widen(x.b, TypeOf<T::kStep>(p.b)))};
 }
 
 // exp(g) of a lane's channels, where each has its own.
@@ -178,19 +104,22 @@ __device__ __forceinline__ uint4* FirstAccess(const DecodeParams& p, int32_t slo
 template <typename T>
 __device__ __forceinline__ void DecodeToken(const DecodeParams& p, int64_t head,
                                             unsigned hv, int first_row, int lane,
-                                            const RawToken<T>& raw,
+                                            const RawToken<T>& raw, const Gates& gates,
+                                            float A_log,
                                             float (&s)[T::kRows][T::kOwn]) {
-  const bool per_channel = !T::kStep && p.per_channel;
   const Vector<T> q = Widen<T>(raw.q, TypeOf<T::kStep>(p.q));
   const Vector<T> k = Widen<T>(raw.k, TypeOf<T::kStep>(p.k));
-  if (per_channel) {
-    const Vector<T> decay = LoadDecay<T>(p, head, hv, raw.A_log, lane);
+  if (!T::kStep && p.per_channel) {
+    const Vector<T> decay = LoadDecay<T>(p, head, hv, A_log, lane);
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < T::kOwn; ++j) s[i][j] *= decay.x[j];
     }
   }
+  const Factors factor = NormFactors(p, WarpSum<T::kLanes>(DotOwn<T>(q, q.x)),
+                                     WarpSum<T::kLanes>(DotOwn<T>(k, k.x)));
+  const float qk = WarpSum<T::kLanes>(DotOwn<T>(q, k.x)) * factor.q * factor.k;
   float sum_p[T::kRows], sum_r[T::kRows];
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
@@ -200,16 +129,8 @@ __device__ __forceinline__ void DecodeToken(const DecodeParams& p, int64_t head,
   SumRows<T>(sum_p, lane);
   SumRows<T>(sum_r, lane);
 
-  const float decay_input =
-      Widen(raw.a, TypeOf<T::kStep>(p.a)) + Widen(raw.dt_bias, p.dt_bias.dtype);
-  const float decay = per_channel ? 1.0f : Decay(raw.A_log, decay_input);
-  const float beta = Beta(Widen(raw.b, TypeOf<T::kStep>(p.b)));
-  const Factors factor = NormFactors(p, WarpSum<T::kLanes>(DotOwn<T>(q, q.x)),
-                                     WarpSum<T::kLanes>(DotOwn<T>(k, k.x)));
-  const float qk = WarpSum<T::kLanes>(DotOwn<T>(q, k.x)) * factor.q * factor.k;
-
-  const float v = Widen(raw.v, TypeOf<T::kStep>(p.v));
-  const float u = beta * fmaf(-decay * factor.k, sum_p[0], v);
+  const float v = Widen(raw.v, TypeOf<T::kStep>(p.v)), decay = gates.decay;
+  const float u = gates.beta * fmaf(-decay * factor.k, sum_p[0], v);
   if (lane % T::kSameRow == 0) {
     const Output out = {p.out.data, T::kStep ? DType::kBFloat16 : p.out.dtype};
     Store1(out, head * (T::kStep ? T::K : p.V) + first_row + OwnRow<T>(lane),
@@ -224,78 +145,94 @@ __device__ __forceinline__ void DecodeToken(const DecodeParams& p, int64_t head,
   }
 }
 
-// Grid: (V / VT, HV, B).
+// A block's place in the operands.
+struct Place {
+  unsigned n;  // sequence
+  unsigned hv;
+  int first_row;  // of V
+  int lane;
+};
+
+// One token.
 template <typename T>
-__device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
-  const int lane = threadIdx.x, first_row = blockIdx.x * T::VT;
-  const unsigned n = blockIdx.z, hv = blockIdx.y;
-  const int64_t tokens = T::kStep ? 1 : p.T;
-  // A lane's rows are lane / kLanes, that + kRowsAtOnce, ... of the block's.
-  constexpr int kRowStep = T::kRowsAtOnce * T::kAccesses;
-  const auto token = [&](int64_t t) {
-    if constexpr (T::kStep) {
-      return n;
-    } else {
-      return n * p.T + t;
-    }
-  };
+__device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& at,
+                                           int32_t read) {
+  const unsigned head = at.n * p.HV + at.hv, key_head = at.n * p.H + KeyHead(p, at.hv);
+  const int row = at.first_row + at.lane / T::kLanes;
+  // All loads before the first is looked at.
+  OwnRows<T> rows;
+  rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
+  const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
+  const RawToken<T> raw =
+      LoadToken<T>(p, head, key_head, at.first_row + OwnRow<T>(at.lane), at.lane);
+  const int32_t wanted = WantedSlot(p, at.n, 0, read);
+  const Gates gates = MakeGates<T>(p, raw_gates);
+  float s[T::kRows][T::kOwn];
+  rows.Unpack(s);
+  DecodeToken<T>(p, head, at.hv, at.first_row, at.lane, raw, gates, raw_gates.A_log, s);
+  if (CheckSlot(p, wanted) == kNoSlot) return;
+  rows.Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
+}
 
-  const int32_t read = ReadSlot(p, n);
-  if (read == kNoSlot) {
-#pragma unroll 1
-    for (int64_t t = 0; t < tokens && lane % T::kSameRow == 0; ++t) {
-      Store1(p.out, (token(t) * int64_t{p.HV} + hv) * p.V + first_row + OwnRow<T>(lane),
-             0.0f);
-    }
-    return;
-  }
-
-  uint4 bits[T::kRows][T::kParts];
-  const uint4* from = FirstAccess<T>(p, read, hv, first_row + lane / T::kLanes, lane);
-#pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-#pragma unroll
-    for (int part = 0; part < T::kParts; ++part) {
-      bits[i][part] = LoadState<T::kStreaming>(from + i * kRowStep + part * T::kLanes);
-    }
-  }
-  __syncwarp();  // The compiler moves no access across.
-
+// Any number of tokens. A token's inputs are on their way while the one before it is
+// computed, and the gates of 32 tokens are made at once, a token a lane.
+template <typename T>
+__device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place& at,
+                                             int32_t read) {
+  const int row = at.first_row + at.lane / T::kLanes;
+  const auto head = [&](int64_t t) { return (at.n * p.T + t) * p.HV + at.hv; };
   const auto load = [&](int64_t t) {
-    const auto head = token(t) * p.HV + hv, key_head = token(t) * p.H + KeyHead(p, hv);
-    return LoadToken<T>(p, head, key_head, hv, first_row + OwnRow<T>(lane), lane);
+    const int64_t key_head = (at.n * p.T + t) * p.H + KeyHead(p, at.hv);
+    return LoadToken<T>(p, head(t), key_head, at.first_row + OwnRow<T>(at.lane),
+                        at.lane);
   };
   float s[T::kRows][T::kOwn];
-  const auto unpack = [&] {
-#pragma unroll
-    for (int i = 0; i < T::kRows; ++i) {
-#pragma unroll
-      for (int part = 0; part < T::kParts; ++part) {
-        UnpackState<T::kState>(bits[i][part], &s[i][part * T::kWidth]);
-      }
-    }
-  };
-  // A token's inputs are on their way before the state is looked at. That is done
-  // ahead of a loop, which would otherwise keep the state's bits too.
-  RawToken<T> raw = load(0);
-  if constexpr (!T::kStep) unpack();
+  RawToken<T> next;
+  {
+    OwnRows<T> rows;
+    rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
+    next = load(0);
+    rows.Unpack(s);  // ahead of the loop, which would otherwise keep the bits too
+  }
+  float A_log = 0.0f;
+  Gates own_gates = {};  // of the token of the lane
 #pragma unroll 1
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (!T::kStep && t > 0) raw = load(t);
-    const int32_t wanted = WantedSlot(p, n, t, read);
-    if constexpr (T::kStep) unpack();
-    DecodeToken<T>(p, token(t) * p.HV + hv, hv, first_row, lane, raw, s);
-    if (!T::kStep && !p.snapshots && t + 1 < tokens) continue;
-    if (CheckSlot(p, wanted) == kNoSlot) continue;
-    uint4* to = FirstAccess<T>(p, wanted, hv, first_row + lane / T::kLanes, lane);
-#pragma unroll
-    for (int i = 0; i < T::kRows; ++i) {
-#pragma unroll
-      for (int part = 0; part < T::kParts; ++part) {
-        StoreState<T::kStreaming>(to + i * kRowStep + part * T::kLanes,
-                                  PackState<T::kState>(&s[i][part * T::kWidth]));
-      }
+  for (int64_t t = 0; t < p.T; ++t) {
+    const int of_lane = t % 32;
+    if (of_lane == 0) {
+      const RawGates raw = LoadGates<T>(p, head(min(t + at.lane, p.T - 1)), at.hv);
+      own_gates = MakeGates<T>(p, raw);
+      A_log = raw.A_log;
     }
+    const RawToken<T> raw = next;
+    if (t + 1 < p.T) next = load(t + 1);
+    const int32_t wanted = WantedSlot(p, at.n, t, read);
+    const Gates gates = {__shfl_sync(0xffffffffu, own_gates.decay, of_lane),
+                         __shfl_sync(0xffffffffu, own_gates.beta, of_lane)};
+    DecodeToken<T>(p, head(t), at.hv, at.first_row, at.lane, raw, gates, A_log, s);
+    if (!p.snapshots && t + 1 < p.T) continue;
+    if (CheckSlot(p, wanted) == kNoSlot) continue;
+    OwnRows<T>::Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
+  }
+}
+
+// Grid: (V / VT, HV, B).
+template <typename T>
+__device__ __forceinline__ void Decode(const DecodeParams& p) {
+  const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT),
+                    static_cast<int>(threadIdx.x)};
+  const int32_t read = ReadSlot(p, at.n);
+  if (read == kNoSlot) {
+    const int64_t tokens = T::kStep ? 1 : p.T;
+#pragma unroll 1
+    for (int64_t t = 0; t < tokens && at.lane % T::kSameRow == 0; ++t) {
+      const int64_t head = (at.n * p.T + t) * p.HV + at.hv;
+      Store1(p.out, head * p.V + at.first_row + OwnRow<T>(at.lane), 0.0f);
+    }
+  } else if constexpr (T::kStep) {
+    DecodeStep<T>(p, at, read);
+  } else {
+    DecodeTokens<T>(p, at, read);
   }
 }
 
@@ -307,16 +244,22 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
 // One block at least leaves the compiler all registers: it then issues the loads of a
-// short kernel first. What loops fares better with more blocks.
-#define JAX_GDN_BOUNDS_step 32, 1
-#define JAX_GDN_BOUNDS_decode 32
+// short kernel first. A float32 state's tokens fit 16 blocks on a multiprocessor;
+// 16-bit ones, unpacked, would spill.
+#define JAX_GDN_BOUNDS(kind, name, K) (JAX_GDN_BLOCKS_##kind##_##name(K))
+#define JAX_GDN_BLOCKS_step_f32(K) 1
+#define JAX_GDN_BLOCKS_step_bf16(K) 1
+#define JAX_GDN_BLOCKS_decode_f32(K) (K <= 128 ? 16 : 0)
+#define JAX_GDN_BLOCKS_decode_bf16(K) 0
+#define JAX_GDN_BLOCKS_decode_f16(K) 0
 #define JAX_GDN_IS_STREAMING_streaming true
 #define JAX_GDN_IS_STREAMING_plain false
 #define JAX_GDN_DEFINE(kind, name, dtype, K, VT, access, max_states)                   \
-  extern "C" __global__ void __launch_bounds__(JAX_GDN_BOUNDS_##kind) JAX_GDN_NAME(    \
-      kind, name, K, VT, access)(const __grid_constant__ DecodeParams p) {             \
-    DecodeRows<                                                                        \
-        Rows<dtype, K, VT, JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>>(p); \
+  extern "C" __global__ void __launch_bounds__(32, JAX_GDN_BOUNDS(kind, name, K))      \
+      JAX_GDN_NAME(kind, name, K, VT,                                                  \
+                   access)(const __grid_constant__ DecodeParams p) {                   \
+    Decode<Rows<dtype, K, VT, JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>>( \
+        p);                                                                            \
   }
 #define JAX_GDN_LIST(kind, name, dtype, K, VT, access, max_states)         \
   {"gdn_" #kind "_vk_" #name "_k" #K "_vt" #VT "_" #access,                \
@@ -332,10 +275,12 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
 // Every instance, for the smallest grids first: kind, state, K, VT, access, max_states.
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 8, streaming, 2048)                                  \
+  X(step, f32, DType::kFloat32, K, 8, streaming, 4096)                                  \
   X(step, f32, DType::kFloat32, K, 8, plain, kMany)                                     \
-  X(step, bf16, DType::kBFloat16, K, 8, streaming, 2048)                                \
-  X(step, bf16, DType::kBFloat16, K, 8, plain, kMany)
+  X(step, bf16, DType::kBFloat16, K, 8, streaming, 128)
+#define JAX_GDN_FOR_EACH_LONG_STEP(X, K)                                                \
+  X(step, bf16, DType::kBFloat16, K, 16, streaming, 4096)                               \
+  X(step, bf16, DType::kBFloat16, K, 16, plain, kMany)
 #define JAX_GDN_FOR_EACH_DECODE(X, K, VT)                                               \
   X(decode, f32, DType::kFloat32, K, VT, plain, kMany)                                  \
   X(decode, bf16, DType::kBFloat16, K, VT, plain, kMany)                                \
@@ -343,6 +288,7 @@ __device__ __forceinline__ void DecodeRows(const DecodeParams& p) {
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_STEP(X, 64) JAX_GDN_FOR_EACH_STEP(X, 128)                            \
   JAX_GDN_FOR_EACH_STEP(X, 192) JAX_GDN_FOR_EACH_STEP(X, 256)                           \
+  JAX_GDN_FOR_EACH_LONG_STEP(X, 64) JAX_GDN_FOR_EACH_LONG_STEP(X, 128)                  \
   JAX_GDN_FOR_EACH_DECODE(X, 64, 16) JAX_GDN_FOR_EACH_DECODE(X, 128, 16)                \
   JAX_GDN_FOR_EACH_DECODE(X, 192, 8) JAX_GDN_FOR_EACH_DECODE(X, 256, 8)
 // clang-format on

@@ -1,5 +1,4 @@
-// What a block of states laid out [K, V] shares besides its state: what a token brings
-// to a head, in shared memory.
+// What a token brings to a head besides v, for blocks of states laid out [K, V].
 #ifndef JAX_GDN_CUDA_HEAD_CUH_
 #define JAX_GDN_CUDA_HEAD_CUH_
 
@@ -24,6 +23,13 @@ struct Place {
       return n * p.T + t;
     }
   }
+
+  // Index of the first element of its q and k.
+  template <int K, bool kStep>
+  __device__ __forceinline__ int64_t KeyRow(const DecodeParams& p, int64_t t) const {
+    const auto key_head = Token<kStep>(p, t) * p.H + KeyHead(p, hv);
+    return int64_t{key_head} * K;
+  }
 };
 
 // What follows from a token's inputs. What normalises q and k is a factor on sums over
@@ -37,70 +43,60 @@ struct alignas(16) Gates {
   float decayed_k;  // exp(g) times what normalises k
 };
 
-// q and k as they came, as float32.
-template <int K, bool kPerChannel>
-struct HeadInputs {
-  alignas(16) float q[K];
-  alignas(16) float k[K];
-  Gates gates;
-};
-
-// With the decays of all channels; and, where each has its own, q and k times them.
-template <int K>
-struct HeadInputs<K, true> : HeadInputs<K, false> {
-  alignas(16) float decay[K];
-  alignas(16) float decayed_q[K];
-  alignas(16) float decayed_k[K];
-};
-
 // What the gates are made of: the part that is known before anything is summed.
 struct GateInputs {
   float qq, kk, qk;  // a lane's part of the sums of squares and of q.k
   float A_log, decay_input, b;
 };
 
-// One warp brings token t of its head and works on all of K, so that the bits do not
-// depend on the block's shape. Pairs j of a K-vector lie at elements 2 lane + 64 j.
+// A lane's part of what a token brings to its head, on its way. Pairs j of a K-vector
+// lie at elements 2 lane + 64 j.
+template <int K>
+struct RawHead {
+  Raw<2> q[K / 64], k[K / 64];
+  Raw<1> a, dt_bias, b;
+  float A_log;
+};
+
 template <int K, bool kStep>
-__device__ __forceinline__ GateInputs StageToken(const DecodeParams& p, const Place& at,
-                                                 int64_t t, int lane,
-                                                 HeadInputs<K, !kStep>& to) {
-  constexpr int kPairs = K / 64;
-  const bool per_channel = !kStep && p.per_channel;
+__device__ __forceinline__ RawHead<K> LoadHead(const DecodeParams& p, const Place& at,
+                                               int64_t t, int lane) {
   const auto token = at.Token<kStep>(p, t), head = token * p.HV + at.hv;
-  const auto key_head = token * p.H + KeyHead(p, at.hv);
-  const int64_t key_pair = int64_t{key_head} * K + 2 * lane;
-
-  // Every load before the first is looked at.
-  Raw<2> raw_q[kPairs], raw_k[kPairs];
+  const int64_t pair = at.KeyRow<K, kStep>(p, t) + 2 * lane;
+  RawHead<K> raw = {};
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    raw_q[j] = LoadRaw<2, kStep>(p.q, key_pair + 64 * j);
-    raw_k[j] = LoadRaw<2, kStep>(p.k, key_pair + 64 * j);
+  for (int j = 0; j < K / 64; ++j) {
+    raw.q[j] = LoadRaw<2, kStep>(p.q, pair + 64 * j);
+    raw.k[j] = LoadRaw<2, kStep>(p.k, pair + 64 * j);
   }
+  Load(p.A_log + at.hv, raw.A_log);
+  raw.b = LoadRaw<1, kStep>(p.b, head);
+  if (kStep || !p.per_channel) {
+    raw.a = LoadRaw<1, kStep>(p.a, head);
+    raw.dt_bias = LoadRaw<1>(p.dt_bias, at.hv);
+  }
+  return raw;
+}
+
+// One warp works on all of K, so that the bits do not depend on the block's shape.
+// Hands pair j of q and of k to `each(j, q, k)`.
+template <int K, bool kStep, typename F>
+__device__ __forceinline__ GateInputs WidenHead(const DecodeParams& p,
+                                                const RawHead<K>& raw, F each) {
   GateInputs gates = {};
-  Load(p.A_log + at.hv, gates.A_log);
-  const Raw<1> b = LoadRaw<1, kStep>(p.b, head);
-  Raw<1> a = {}, dt_bias = {};
-  if (!per_channel) {
-    a = LoadRaw<1, kStep>(p.a, head);
-    dt_bias = LoadRaw<1>(p.dt_bias, at.hv);
-  }
-  __syncwarp();  // The compiler moves no access across.
-
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const int pair = 32 * j + lane;
-    const float2 q = Widen(raw_q[j], TypeOf<kStep>(p.q));
-    const float2 k = Widen(raw_k[j], TypeOf<kStep>(p.k));
-    reinterpret_cast<float2*>(to.q)[pair] = q;
-    reinterpret_cast<float2*>(to.k)[pair] = k;
+  for (int j = 0; j < K / 64; ++j) {
+    const float2 q = Widen(raw.q[j], TypeOf<kStep>(p.q));
+    const float2 k = Widen(raw.k[j], TypeOf<kStep>(p.k));
+    each(j, q, k);
     gates.qq = fmaf(q.y, q.y, fmaf(q.x, q.x, gates.qq));
     gates.kk = fmaf(k.y, k.y, fmaf(k.x, k.x, gates.kk));
     gates.qk = fmaf(q.y, k.y, fmaf(q.x, k.x, gates.qk));
   }
-  gates.b = Widen(b, TypeOf<kStep>(p.b));
-  gates.decay_input = Widen(a, TypeOf<kStep>(p.a)) + Widen(dt_bias, p.dt_bias.dtype);
+  gates.A_log = raw.A_log;
+  gates.b = Widen(raw.b, TypeOf<kStep>(p.b));
+  gates.decay_input =
+      Widen(raw.a, TypeOf<kStep>(p.a)) + Widen(raw.dt_bias, p.dt_bias.dtype);
   return gates;
 }
 
@@ -114,12 +110,29 @@ __device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const GateInpu
           factor.k, decay * factor.q, decay * factor.k};
 }
 
+// What a token brings to a head, staged in shared memory as float32: q and k as they
+// came.
+template <int K, bool kStep>
+struct HeadInputs {
+  alignas(16) float q[K];
+  alignas(16) float k[K];
+  Gates gates;
+};
+
+// With the decays of all channels; and, where each has its own, q and k times them.
+template <int K>
+struct HeadInputs<K, false> : HeadInputs<K, true> {
+  alignas(16) float decay[K];
+  alignas(16) float decayed_q[K];
+  alignas(16) float decayed_k[K];
+};
+
 // Puts the decays beside, of each channel or common to all. The same warp does.
 template <int K>
 __device__ __forceinline__ void StageDecays(const DecodeParams& p, const Place& at,
                                             int64_t t, int lane, float A_log,
                                             float common_decay,
-                                            HeadInputs<K, true>& to) {
+                                            HeadInputs<K, false>& to) {
   const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
 #pragma unroll 1  // Why: in flight at once, they would not fit beside the state.
   for (int pair = lane; pair < K / 2; pair += 32) {
@@ -138,6 +151,30 @@ __device__ __forceinline__ void StageDecays(const DecodeParams& p, const Place& 
     reinterpret_cast<float2*>(to.decayed_q)[pair] = {q.x * d.x, q.y * d.y};
     reinterpret_cast<float2*>(to.decayed_k)[pair] = {k.x * d.x, k.y * d.y};
   }
+}
+
+// One warp stages q and k of token t.
+template <int K, bool kStep>
+__device__ __forceinline__ GateInputs StageHead(const DecodeParams& p, const Place& at,
+                                                int64_t t, int lane,
+                                                HeadInputs<K, kStep>& to) {
+  const RawHead<K> raw = LoadHead<K, kStep>(p, at, t, lane);
+  __syncwarp();  // The compiler moves no access across.
+  return WidenHead<K, kStep>(p, raw, [&](int j, const float2& q, const float2& k) {
+    reinterpret_cast<float2*>(to.q)[32 * j + lane] = q;
+    reinterpret_cast<float2*>(to.k)[32 * j + lane] = k;
+  });
+}
+
+// One warp stages all of token t.
+template <int K>
+__device__ __forceinline__ void StageToken(const DecodeParams& p, const Place& at,
+                                           int64_t t, int lane,
+                                           HeadInputs<K, false>& to) {
+  const GateInputs inputs = StageHead<K, false>(p, at, t, lane, to);
+  const Gates gates = MakeGates<false>(p, inputs);
+  StageDecays<K>(p, at, t, lane, inputs.A_log, gates.decay, to);
+  if (lane == 0) to.gates = gates;
 }
 
 }  // namespace jax_gdn

@@ -44,6 +44,24 @@ __device__ __forceinline__ void LoadStreaming(const void* from, uint4& to) {
                : "l"(from));
 }
 
+__device__ __forceinline__ void LoadStreaming(const void* from, uint2& to) {
+  asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];"
+               : "=r"(to.x), "=r"(to.y)
+               : "l"(from));
+}
+
+// 9.7.13.1, barrier: of a block's warps some say that they are here, and the others
+// wait for all. Barrier 0 is that of __syncthreads.
+template <int kThreads>
+__device__ __forceinline__ void Arrive() {
+  asm volatile("bar.arrive 1, %0;" : : "n"(kThreads) : "memory");
+}
+
+template <int kThreads>
+__device__ __forceinline__ void WaitForArrivals() {
+  asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
+}
+
 // No instruction: hides a value's origin from the compiler, which then computes
 // what follows from it again instead of keeping it in registers.
 __device__ __forceinline__ int64_t Recompute(int64_t x) {
@@ -54,6 +72,10 @@ __device__ __forceinline__ int64_t Recompute(int64_t x) {
 // The same for a value's bits: what was made from them is not kept.
 __device__ __forceinline__ void Forget(uint4& x) {
   asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+}
+
+__device__ __forceinline__ void Forget(uint2& x) {
+  asm volatile("" : "+r"(x.x), "+r"(x.y));
 }
 
 }  // namespace jax_gdn

@@ -1,4 +1,4 @@
-// A state in memory: which slots a row reads and writes, and 16-byte accesses of it.
+// A state in memory: which slots a row reads and writes, and accesses of 16 or 8 bytes.
 #ifndef JAX_GDN_CUDA_STATE_CUH_
 #define JAX_GDN_CUDA_STATE_CUH_
 
@@ -37,17 +37,26 @@ __device__ __forceinline__ int64_t HeadOfSlot(const DecodeParams& p, int32_t slo
   return uint64_t{static_cast<uint32_t>(slot)} * static_cast<uint32_t>(p.HV) + hv;
 }
 
-// Sizes of an access of 16 bytes, `uint4`.
 template <DType kState>
 constexpr int kStateBytes = kState == DType::kFloat32 ? 4 : 2;
-template <DType kState>
-constexpr int kValues = 16 / kStateBytes<kState>;  // neighbours in one access
+
+// One access to the state.
+template <int kBytes>
+struct AccessOf;
+template <>
+struct AccessOf<8> {
+  using Type = uint2;
+};
+template <>
+struct AccessOf<16> {
+  using Type = uint4;
+};
 
 // Streaming accesses leave the caches early: they win while few blocks run, and lose
 // where many do.
-template <bool kStreaming>
-__device__ __forceinline__ uint4 LoadState(const uint4* from) {
-  uint4 bits;
+template <bool kStreaming, typename Access>
+__device__ __forceinline__ Access LoadState(const Access* from) {
+  Access bits;
   if constexpr (kStreaming) {
     LoadStreaming(from, bits);
   } else {
@@ -56,8 +65,8 @@ __device__ __forceinline__ uint4 LoadState(const uint4* from) {
   return bits;
 }
 
-template <bool kStreaming>
-__device__ __forceinline__ void StoreState(uint4* to, uint4 bits) {
+template <bool kStreaming, typename Access>
+__device__ __forceinline__ void StoreState(Access* to, Access bits) {
   if constexpr (kStreaming) {
     __stcs(to, bits);
   } else {
@@ -65,35 +74,43 @@ __device__ __forceinline__ void StoreState(uint4* to, uint4 bits) {
   }
 }
 
-template <DType kState>
-__device__ __forceinline__ void UnpackState(uint4 bits, float* value) {
-  const uint32_t word[4] = {bits.x, bits.y, bits.z, bits.w};
+// An access as words.
+template <typename Access>
+union Words {
+  Access access;
+  uint32_t word[sizeof(Access) / 4];
+};
+
+template <DType kState, typename Access>
+__device__ __forceinline__ void UnpackState(Access access, float* value) {
+  const Words<Access> bits = {access};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(Access) / 4); ++i) {
+    const uint32_t word = bits.word[i];
     if constexpr (kState == DType::kFloat32) {
-      value[i] = __uint_as_float(word[i]);
+      value[i] = __uint_as_float(word);
     } else if constexpr (kState == DType::kBFloat16) {
-      value[2 * i] = __uint_as_float(word[i] << 16);
-      value[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+      value[2 * i] = __uint_as_float(word << 16);
+      value[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
     } else {
-      value[2 * i] = __half2float(__ushort_as_half(word[i] & 0xffffu));
-      value[2 * i + 1] = __half2float(__ushort_as_half(word[i] >> 16));
+      value[2 * i] = __half2float(__ushort_as_half(word & 0xffffu));
+      value[2 * i + 1] = __half2float(__ushort_as_half(word >> 16));
     }
   }
 }
 
-template <DType kState>
-__device__ __forceinline__ uint4 PackState(const float* value) {
-  uint32_t word[4];
+template <DType kState, typename Access>
+__device__ __forceinline__ Access PackState(const float* value) {
+  Words<Access> bits;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(Access) / 4); ++i) {
     if constexpr (kState == DType::kFloat32) {
-      word[i] = __float_as_uint(value[i]);
+      bits.word[i] = __float_as_uint(value[i]);
     } else {
-      word[i] = RoundPair(value[2 * i], value[2 * i + 1], kState);
+      bits.word[i] = RoundPair(value[2 * i], value[2 * i + 1], kState);
     }
   }
-  return make_uint4(word[0], word[1], word[2], word[3]);
+  return bits.access;
 }
 
 }  // namespace jax_gdn

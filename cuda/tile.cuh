@@ -10,36 +10,32 @@ namespace jax_gdn {
 // The classes of rows whose sums are the leaves of the tree over K.
 constexpr int kClasses = 16;
 
-template <DType kState_, int K_, int VT_, int kRowGroups_, bool kStreaming_,
-          int kMinBlocks_, bool kStep_>
+template <DType kState_, int K_, int VT_, int kColumns_, int kRowGroups_,
+          bool kStreaming_, int kMinBlocks_, bool kStep_, bool kGateWarp_>
 struct Tile {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, VT = VT_;
   static constexpr bool kStep = kStep_;
-  static constexpr int kColumns = kValues<kState>;  // of a thread
-  static constexpr int kLanes = VT / kColumns;      // that share a row
+  static constexpr int kColumns = kColumns_;    // of a thread
+  static constexpr int kLanes = VT / kColumns;  // that share a row
   static constexpr int kRowGroups = kRowGroups_;
-  static constexpr int kThreads = kLanes * kRowGroups;
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kWarpGroups = 32 / kLanes;
+  static constexpr int kWarps = kLanes * kRowGroups / 32;  // that have rows
+  // A warp more, that has none and computes the gates.
+  static constexpr bool kGateWarp = kGateWarp_;
+  static constexpr int kThreads = 32 * (kWarps + (kGateWarp ? 1 : 0));
   static constexpr int kOwnClasses = kClasses / kRowGroups;  // of a thread
   static constexpr int kQuads = K / (4 * kClasses);          // of a class
   static constexpr int kRows = K / kRowGroups;               // of a thread
   // Tokens whose inputs are staged at once, a warp each.
-  static constexpr int kTokens = kStep ? 1 : kWarps < 4 ? kWarps : 4;
+  static constexpr int kTokens = kWarps < 4 ? kWarps : 4;
   static constexpr bool kStreaming = kStreaming_;  // see LoadState
   static constexpr int kMinBlocks = kMinBlocks_;   // on a multiprocessor
   // A 16-bit state stays as it is stored where one token is all there is to do.
   static constexpr bool kPacked = kStep && kState != DType::kFloat32;
+  using Access = typename AccessOf<kColumns * kStateBytes<kState>>::Type;
   static_assert(kOwnClasses == 1 || kOwnClasses == 2);
-  static_assert(K % 64 == 0 && kThreads % 32 == 0 && kLanes <= 32);
-
-  struct Shared {
-    HeadInputs<K, !kStep> in[kTokens];
-    // k^T S and q^T S, a partial sum a warp; of this token and the next.
-    alignas(16) float p[kStep ? 1 : 2][kWarps][VT];
-    alignas(16) float r[kStep ? 1 : 2][kWarps][VT];
-  };
+  static_assert(K % 64 == 0 && kLanes * kRowGroups % 32 == 0 && kLanes <= 32);
+  static_assert(kStep || !kGateWarp);
 };
 
 // A thread's place in the block.
@@ -47,10 +43,10 @@ template <typename T>
 struct Thread {
   int lane, warp;
   int column;  // the first of its C
-  int group;   // that has its rows
+  int group;   // that has its rows; none has those of a gate warp
 
   __device__ __forceinline__ Thread()
-      : lane(threadIdx.x % 32), warp(T::kWarps == 1 ? 0 : threadIdx.x / 32) {
+      : lane(threadIdx.x % 32), warp(T::kThreads == 32 ? 0 : threadIdx.x / 32) {
     column = T::kColumns * (lane % T::kLanes);
     group = threadIdx.x / T::kLanes;
   }
@@ -64,6 +60,19 @@ struct Thread {
 template <int C>
 struct Columns {
   float x[C];
+};
+
+// Sums over K, of each column.
+template <int C>
+struct Sums {
+  Columns<C> p, r;  // k^T S, q^T S
+};
+
+// Partial ones, a warp's each.
+template <typename T>
+struct SharedSums {
+  alignas(16) float p[T::kWarps][T::VT];
+  alignas(16) float r[T::kWarps][T::VT];
 };
 
 template <int C>
@@ -129,12 +138,44 @@ __device__ __forceinline__ void AddGroups(Columns<T::kColumns>& sums) {
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void BlockSync() {
+  if constexpr (T::kThreads == 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// From the sums of a thread's warp to those of its columns, with a barrier between; r
+// is wanted by the threads of group 0 alone.
+template <typename T>
+__device__ __forceinline__ void PutSums(const Sums<T::kColumns>& sums,
+                                        const Thread<T>& thread,
+                                        SharedSums<T>& shared) {
+  if (T::kWarps == 1 || thread.lane >= T::kLanes) return;
+  PutColumns<T>(sums.p, shared.p[thread.warp], thread.column);
+  PutColumns<T>(sums.r, shared.r[thread.warp], thread.column);
+}
+
+template <typename T>
+__device__ __forceinline__ void AddWarps(const SharedSums<T>& shared,
+                                         const Thread<T>& thread,
+                                         Sums<T::kColumns>& sums) {
+  if constexpr (T::kWarps > 1) {
+    sums.p = TreeSum<T, 0, T::kWarps>(shared.p, thread.column);
+    if (thread.group == 0) {
+      sums.r = TreeSum<T, 0, T::kWarps>(shared.r, thread.column);
+    }
+  }
+}
+
 // The state's part that a thread owns: its quads' rows in order.
 template <typename T, bool kPacked = T::kPacked>
 struct Owned {
   float s[T::kRows][T::kColumns];
 
-  __device__ __forceinline__ void Unpack(const uint4 (&bits)[T::kRows]) {
+  __device__ __forceinline__ void Unpack(const typename T::Access (&bits)[T::kRows]) {
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) UnpackState<T::kState>(bits[i], s[i]);
   }
@@ -146,17 +187,17 @@ struct Owned {
 #pragma unroll
     for (int c = 0; c < T::kColumns; ++c) s[i][c] = row[c];
   }
-  __device__ __forceinline__ uint4 Bits(int i) const {
-    return PackState<T::kState>(s[i]);
+  __device__ __forceinline__ typename T::Access Bits(int i) const {
+    return PackState<T::kState, typename T::Access>(s[i]);
   }
   __device__ __forceinline__ void ForgetUnpacked() {}
 };
 
 template <typename T>
 struct Owned<T, true> {
-  uint4 bits[T::kRows];
+  typename T::Access bits[T::kRows];
 
-  __device__ __forceinline__ void Unpack(const uint4 (&loaded)[T::kRows]) {
+  __device__ __forceinline__ void Unpack(const typename T::Access (&loaded)[T::kRows]) {
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) bits[i] = loaded[i];
   }
@@ -164,15 +205,45 @@ struct Owned<T, true> {
     UnpackState<T::kState>(bits[i], row);
   }
   __device__ __forceinline__ void Set(int i, const float (&row)[T::kColumns]) {
-    bits[i] = PackState<T::kState>(row);
+    bits[i] = PackState<T::kState, typename T::Access>(row);
   }
-  __device__ __forceinline__ uint4 Bits(int i) const { return bits[i]; }
+  __device__ __forceinline__ typename T::Access Bits(int i) const { return bits[i]; }
   // Both forms at once would not fit.
   __device__ __forceinline__ void ForgetUnpacked() {
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) Forget(bits[i]);
   }
 };
+
+// Calls f(i, row) for each row i that a thread owns, which lies `row` below its first.
+template <typename T, typename F>
+__device__ __forceinline__ void ForEachRow(F f) {
+#pragma unroll
+  for (int c = 0; c < T::kOwnClasses; ++c) {
+#pragma unroll
+    for (int j = 0; j < T::kQuads; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        f((c * T::kQuads + j) * 4 + r, 4 * (c + j * kClasses) + r);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void LoadRows(const typename T::Access* from, int64_t stride,
+                                         typename T::Access (&bits)[T::kRows]) {
+  ForEachRow<T>(
+      [&](int i, int row) { bits[i] = LoadState<T::kStreaming>(from + row * stride); });
+}
+
+template <typename T>
+__device__ __forceinline__ void StoreRows(typename T::Access* to, int64_t stride,
+                                          const Owned<T>& state) {
+  ForEachRow<T>([&](int i, int row) {
+    StoreState<T::kStreaming>(to + row * stride, state.Bits(i));
+  });
+}
 
 }  // namespace jax_gdn
 

@@ -26,20 +26,24 @@ struct Output {
   DType dtype;
 };
 
+// What a kernel needs first comes first: on a GPU every 64 bytes of it are brought on
+// their own.
 struct DecodeParams {
-  Input q;                     // [B, T, H, K]
-  Input k;                     // [B, T, H, K]
-  Input v;                     // [B, T, HV, V]
-  Input a;                     // [B, T, HV], or [B, T, HV, K] if per_channel
-  Input dt_bias;               // [HV], or [HV, K] if per_channel
-  Input b;                     // [B, T, HV]
-  const float* A_log;          // [HV]
   Output state;                // [N, HV, K, V] or [N, HV, V, K], updated in place
-  Output out;                  // [B, T, HV, V]
   const int32_t* read_slots;   // [B]; null: row n reads slot n
   const int32_t* write_slots;  // [B], or [B, T] if snapshots; null: where it read
-  int64_t B, T, N;
-  int32_t H, HV, K, V;
+  int64_t N;
+  int32_t H, HV;
+  Input q;             // [B, T, H, K]
+  Input k;             // [B, T, H, K]
+  Input v;             // [B, T, HV, V]
+  Input a;             // [B, T, HV], or [B, T, HV, K] if per_channel
+  Input dt_bias;       // [HV], or [HV, K] if per_channel
+  Input b;             // [B, T, HV]
+  const float* A_log;  // [HV]
+  Output out;          // [B, T, HV, V]
+  int64_t B, T;
+  int32_t K, V;
   int32_t group;           // HV / H, value heads that share a key head
   uint32_t group_inverse;  // ceil(2^32 / group) mod 2^32, for division by multiplying
   float scale;             // on q, after its normalisation

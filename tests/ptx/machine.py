@@ -6,8 +6,9 @@ come together again as soon as the code lets them. Nothing measured or detected 
 on this order, except how warps that diverged are counted.
 
 bar.sync waits for every thread of the block, at the same instruction; one that has
-ended or stands elsewhere is a defect. shfl.sync and bar.warp.sync wait for the lanes
-of their mask.
+ended or stands elsewhere is a defect. Of barrier 1, some may have said so by bar.arrive
+instead, after which they touch no shared memory until it passes. shfl.sync and
+bar.warp.sync wait for the lanes of their mask.
 """
 
 from __future__ import annotations
@@ -90,12 +91,14 @@ class Batch:
         # Groups by place; `waiting` at bar.sync or for lanes of a warp.
         self.ready: dict[int, Lanes] = {}
         self.waiting: dict[int, Lanes] = {}
+        self.arrived = np.zeros(self.count, bool)  # by bar.arrive, at barrier 1
         self.steps = 0
         self.controls = {
             "bra": self._branch,
             "bra.uni": self._branch,
             "ret": lambda pc, lanes: None,
             "bar.sync": self._barrier,
+            "bar.arrive": self._arrive,
             "bar.warp.sync": self._warp_barrier,
             **dict.fromkeys(SHUFFLES, self._shuffle),
         }
@@ -149,6 +152,7 @@ class Batch:
 
     def load_shared(self, pc, lanes, addresses, access) -> np.ndarray:
         """Returns [lanes, items]."""
+        self._require_not_arrived(pc, lanes)
         site = self.site(self.code[pc], lanes)
         values = self.shared.read(site, addresses, access.dtype, access.items)
         self.counters.count_shared(pc, site, addresses, access.width)
@@ -156,6 +160,7 @@ class Batch:
 
     def store_shared(self, pc, lanes, addresses, values) -> None:
         """Stores [lanes, items]."""
+        self._require_not_arrived(pc, lanes)
         site = self.site(self.code[pc], lanes)
         self.shared.write(site, addresses, values)
         width = values.dtype.itemsize * values.shape[1]
@@ -228,22 +233,43 @@ class Batch:
         target = self.program.kernel.labels[self.code[pc].operands[0].name]
         self._join(self.ready, target, lanes)
 
-    def _barrier(self, pc: int, lanes: Lanes) -> None:
-        if self.code[pc].operands[0].value != 0 or len(self.code[pc].operands) > 1:
+    def _barrier_number(self, pc: int) -> int:
+        """0, of all threads, or 1, with the number of all threads."""
+        number, *count = (operand.value for operand in self.code[pc].operands)
+        if (number, count) not in ((0, []), (1, [self.launch.threads])):
             raise unknown(self.code[pc])
+        return number
+
+    def _barrier(self, pc: int, lanes: Lanes) -> None:
+        self._barrier_number(pc)
         self._join(self.waiting, pc, lanes)
 
+    def _arrive(self, pc: int, lanes: Lanes) -> None:
+        if self._barrier_number(pc) != 1:
+            raise unknown(self.code[pc])
+        self._require_not_arrived(pc, lanes)
+        self.arrived[lanes.index] = True
+        self._join(self.ready, pc + 1, lanes)
+
+    def _require_not_arrived(self, pc: int, lanes: Lanes) -> None:
+        if self.arrived[lanes.index].any():
+            raise unknown(self.code[pc])
+
     def _release(self) -> None:
-        """Lets every block go on whose threads all wait at one barrier."""
+        """Lets every block go on whose threads all wait at one barrier, or arrived."""
         released = False
         for pc, lanes in list(self.waiting.items()):
             if self.code[pc].opcode != "bar.sync":
                 continue
             block = lanes.index // self.launch.threads
-            arrived = np.bincount(block, minlength=self.blocks)
-            complete = arrived == self.launch.threads
+            here = np.bincount(block, minlength=self.blocks)
+            arrived = self.arrived.reshape(self.blocks, -1)
+            if self._barrier_number(pc) == 1:
+                here += arrived.sum(axis=1)
+            complete = here == self.launch.threads
             if complete.any():
                 self._pass(pc, lanes, complete[block])
+                arrived[complete] = False
                 self.shared.barrier(np.flatnonzero(complete))
                 self.counters.barriers += int(complete.sum())
                 released = True
@@ -265,7 +291,7 @@ class Batch:
         first = int(self.waiting[pc].index[0])
         threads = self.launch.threads
         number = first // threads
-        here = self.waiting[pc].index
+        here = np.append(self.waiting[pc].index, np.flatnonzero(self.arrived))
         missing = np.setdiff1d(
             np.arange(number * threads, (number + 1) * threads), here
         )

@@ -34,7 +34,9 @@ class Instance:
     state: str  # dtype, likewise
     K: int
     VT: int
-    variant: str  # groups of rows ("KV") or kind of access ("VK")
+    variant: (
+        str  # columns of a thread and groups of rows ("KV"), or kind of access ("VK")
+    )
     step: bool  # takes only what a decode loop fixes
 
     @property
@@ -43,17 +45,39 @@ class Instance:
         return 4 if self.state == "float32" else 2
 
     @property
-    def threads(self) -> int:
-        """Of a block."""
+    def columns(self) -> int:
+        """Of a thread, neighbours in one access."""
+        found = re.match(r"c(\d+)_", self.variant)
+        return int(found[1]) if found else 16 // self.item_bytes
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of threads, each with its rows of the state ("KV")."""
+        found = re.search(r"_g(\d+)", self.variant)
+        return int(found[1]) if found else 1
+
+    @property
+    def row_threads(self) -> int:
+        """Of a block, those that own a part of the state."""
         if self.layout == "VK":
             return 32
-        columns = 16 // self.item_bytes  # of a thread
-        return self.VT // columns * int(self.variant.removeprefix("g"))
+        return self.VT // self.columns * self.row_groups
+
+    @property
+    def threads(self) -> int:
+        """Of a block; a gate warp owns no part of the state."""
+        return self.row_threads + (32 if self.variant.endswith("_gw") else 0)
+
+    @property
+    def access_bytes(self) -> int:
+        """Of one access to the state."""
+        return self.columns * self.item_bytes
 
     @property
     def accesses(self) -> int:
-        """Of 16 bytes, with which a thread reads its part of the state."""
-        return self.K * self.VT * self.item_bytes // (16 * self.threads)
+        """With which a thread reads its part of the state."""
+        tile = self.K * self.VT * self.item_bytes
+        return tile // (self.access_bytes * self.row_threads)
 
     def fits(self, case: Case) -> bool:
         """Whether the kernel computes such a call."""
@@ -73,7 +97,8 @@ IN_PLACE_PASS = "FlipSigns"
 def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
     match = re.fullmatch(
-        r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_(g\d+|streaming|plain)",
+        r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_"
+        r"(c\d+_g\d+(?:_gw)?|streaming|plain)",
         symbol,
     )
     if match is None:

@@ -139,6 +139,7 @@ OPERATIONS: dict[str, Operation] = dict(
         _special("div.approx.f32", 2, floats.div),
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
         _integer("sub.s32", operator.sub),
+        _integer("min.s64", np.minimum),
         *(_integer(name, operator.mul) for name in ("mul.lo.s64",)),
         *(_integer(name, operator.and_) for name in ("and.b32", "and.b64", "and.pred")),
         *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),

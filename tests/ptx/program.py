@@ -42,7 +42,8 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
     "cvta": "move",
 }
 SHUFFLES = ("shfl.sync.bfly.b32", "shfl.sync.idx.b32")
-CONTROL = ("bra", "bra.uni", "ret", "bar.sync", "bar.warp.sync", *SHUFFLES)
+BARRIERS = ("bar.sync", "bar.arrive", "bar.warp.sync")
+CONTROL = ("bra", "bra.uni", "ret", *BARRIERS, *SHUFFLES)
 
 MOVES = ("mov.u16", "mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32", "mov.pred")
 

@@ -142,7 +142,7 @@ def measure(symbol: str) -> Row:
         wavefronts=wavefronts,
         conflicts=sum(t.conflicts for t in counters.shared.values()),
         per_element=issued * WARP / (K * VT),
-        late_loads=sass.late_loads(module.sass()[symbol]),
+        late_loads=sass.late_loads(module.sass()[symbol], one.access_bytes),
         memory_cycles=(state + sum(sectors.values())) * SECTOR / BYTES_PER_CYCLE,
         lsu_cycles=wavefronts + global_wavefronts + counts.get("shuffle", 0),
         arithmetic_cycles=max(

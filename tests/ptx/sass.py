@@ -18,10 +18,10 @@ def is_local(text: str) -> bool:
     return opcode(text).split(".")[0] in ("LDL", "STL")
 
 
-def is_wide(text: str, name: str) -> bool:
-    """Whether it is a global load (LDG) or store (STG) of 16 bytes a thread."""
+def is_wide(text: str, name: str, size: int = 16) -> bool:
+    """Whether it is a global load (LDG) or store (STG) of `size` bytes a thread."""
     first, *modifiers = opcode(text).split(".")
-    return first == name and "128" in modifiers
+    return first == name and str(8 * size) in modifiers
 
 
 def _registers(text: str, items: int = 1) -> set[int]:
@@ -59,17 +59,17 @@ def first_wait(code: list[str], name: str = "LDG") -> int:
     return len(code)
 
 
-def late_loads(code: list[str]) -> int:
-    """16-byte loads issued after something has waited since the first of them.
+def late_loads(code: list[str], size: int = 16) -> int:
+    """Loads of `size` bytes issued after something has waited since the first of them.
 
     What comes before the first is left out: a pool's slot has to arrive before any
     address of the state is known.
     """
-    loads = wide_loads(code)
+    loads = wide_loads(code, size)
     wait = loads[0] + first_wait(code[loads[0] :])
     return sum(at > wait for at in loads)
 
 
-def wide_loads(code: list[str]) -> list[int]:
-    """Places of the 16-byte global loads."""
-    return [at for at, text in enumerate(code) if is_wide(text, "LDG")]
+def wide_loads(code: list[str], size: int = 16) -> list[int]:
+    """Places of the global loads of `size` bytes."""
+    return [at for at, text in enumerate(code) if is_wide(text, "LDG", size)]

@@ -82,7 +82,7 @@ def test_write_slot_outside_the_pool_is_not_written(one, T):
 
 
 @INSTANCE
-def test_every_state_access_is_16_bytes_wide_and_of_full_sectors(one):
+def test_every_state_access_is_of_full_sectors(one):
     result = run(one, 1 if one.step else 4)
     accesses = [
         traffic
@@ -91,9 +91,10 @@ def test_every_state_access_is_16_bytes_wide_and_of_full_sectors(one):
     ]
     assert len(accesses) == 2 * one.accesses
     for traffic in accesses:
-        assert traffic.width == 16
+        assert traffic.width == one.access_bytes
         assert traffic.bytes == traffic.sectors * SECTOR
-        assert traffic.sectors == 16 * traffic.requests  # the least for 32 x 16 bytes
+        # The least for 32 accesses.
+        assert traffic.sectors == 32 * one.access_bytes // SECTOR * traffic.requests
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

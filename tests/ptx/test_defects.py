@@ -10,9 +10,10 @@ from ptx import fault, launch, module
 from ptx.fault import FaultError
 
 pytestmark = pytest.mark.usefixtures("built")
-LOOP = "gdn_decode_kv_f32_k64_vt64_g8"  # over tokens; of any dtypes
-STEPS = ("vt16_g8", "vt64_g8", "vt64_g16")
+LOOP = "gdn_decode_kv_f32_k64_vt64_c4_g8"  # over tokens; of any dtypes
+STEPS = ("vt16_c4_g8", "vt64_c4_g8", "vt64_c4_g16")
 STEPS = tuple(f"gdn_step_kv_f32_k64_{tile}" for tile in STEPS)
+APART = "gdn_step_kv_f32_k128_vt16_c4_g8_gw"  # its last warp makes the gates
 KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS])
 WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # more than one
 STEP_CASE = Case(B=2, H=1, HV=2, K=64, V=64)
@@ -89,6 +90,19 @@ def test_barrier_removed(kernel, which):
     found = caught_in_kernel(kernel, fault.SHARED_RACE, edit=edit)
     assert "shared" in found.instruction
     assert found.line is not None
+
+
+def test_barrier_at_which_gates_are_handed_on_removed():
+    edit = edited(r"bar\.sync\s+1, 64;", "")
+    case = dataclasses.replace(STEP_CASE, K=128, V=128)
+    caught_in_kernel(APART, fault.SHARED_RACE, case=case, edit=edit)
+
+
+def test_arrival_of_the_gate_warp_removed():
+    edit = edited(r"bar\.arrive\s+1, 64;", "")
+    case = dataclasses.replace(STEP_CASE, K=128, V=128)
+    found = caught_in_kernel(APART, fault.BARRIER, case=case, edit=edit)
+    assert "32 threads missing, first 32" in str(found)
 
 
 def test_barrier_of_one_warp_removed():

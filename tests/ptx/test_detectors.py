@@ -230,6 +230,17 @@ def test_barrier_that_one_block_passes_and_another_does_not():
     assert found.block == (1, 0, 0)
 
 
+def test_barrier_at_which_a_warp_did_not_arrive():
+    found = caught(
+        fault.BARRIER,
+        """setp.lt.u32 %p1, %r1, 32; mov.u32 %r6, 0; @!%p1 bra $end;
+        bar.sync 1, 64;
+        $end:"""
+        + LAST,
+    )
+    assert "32 threads missing, first 32" in str(found)
+
+
 def test_two_barriers_in_two_branches():
     caught(
         fault.BARRIER,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ptx import fixtures, machine
-from ptx.fault import RUNAWAY, FaultError
+from ptx.fault import RUNAWAY, FaultError, UnsupportedError
 
 COPY = "ld.global.u32 %r6, [%rd1]; st.global.u32 [%rd2], %r6; ret;"
 LAST = "st.global.u32 [%rd2], %r6; ret;"
@@ -162,6 +162,37 @@ def test_barrier_passes_values_between_warps():
     )
     assert outcome.out.tolist() == list(range(63, -1, -1)) * 3
     assert outcome.counters.barriers == 3
+
+
+HANDED_ON = """setp.lt.u32 %p1, %r1, 32; @%p1 bra $take;
+    st.shared.u32 [%r4], %r1;
+    bar.arrive 1, 64;
+    ret;
+    $take:
+    bar.sync 1, 64;
+    mov.u32 %r8, tile; add.s32 %r8, %r8, 128;
+    ld.shared.u32 %r6, [%r8];
+    """
+
+
+def test_barrier_at_which_one_warp_arrives_and_another_waits():
+    outcome = fixtures.run(HANDED_ON + LAST, blocks=3)
+    assert outcome.out.reshape(3, 64)[:, :32].tolist() == [[32] * 32] * 3
+    assert outcome.counters.barriers == 3
+
+
+def test_what_has_arrived_touches_no_shared_memory():
+    after = "bar.arrive 1, 64; st.shared.u32 [%r4], %r1;"
+    with pytest.raises(UnsupportedError):
+        fixtures.run(HANDED_ON.replace("bar.arrive 1, 64;", after) + LAST)
+
+
+@pytest.mark.parametrize(
+    "barrier", ["bar.sync 1, 32;", "bar.sync 2, 64;", "bar.sync 1;"]
+)
+def test_barrier_of_other_numbers_is_refused(barrier):
+    with pytest.raises(UnsupportedError):
+        fixtures.run(HANDED_ON.replace("bar.sync 1, 64;", barrier) + LAST)
 
 
 def test_one_block_may_pass_a_barrier_that_another_never_reaches():

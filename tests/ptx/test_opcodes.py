@@ -48,6 +48,7 @@ EXPECTED = {
     "add.s32": operator.add,
     "add.s64": operator.add,
     "sub.s32": operator.sub,
+    "min.s64": min,
     "mul.lo.s64": operator.mul,
     "mul.wide.s32": operator.mul,
     "mul.wide.u32": operator.mul,
