@@ -2,14 +2,17 @@
 
     python benchmarks/layers.py [--layers N ...] [--batch B ...] [--json FILE]
 
-A step calls `decode` once a layer, each with a state of its own, all donated; a layer's
-output is the next one's value. All else, which a model computes inside its step, is the
-same for every layer here. It is stepped from Python, under JAX's default options
-and under command buffers, and looped on the device. Beside them stands the kernel's own
-time, from a program that holds nothing else, and the call's share that is the host's.
+A step calls `decode` once a layer; a layer's output is the next one's value. All else,
+which a model computes inside its step, is the same for every layer here. The states are
+a list of arrays, one a layer, or one pool in which every layer has its slots. It is
+stepped from Python, under JAX's default options and under command buffers, and looped
+on the device. Beside stand the kernel's own time, from a program that holds nothing
+else, a program that does nothing with the same arguments, which is what JAX itself
+takes to start one, and the share that is not the kernel's.
 """
 
 import argparse
+import functools as ft
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_gdn import _bench, _bench_machine, decode
@@ -25,8 +29,8 @@ ON_GPU = jax.devices()[0].platform == "gpu"
 STEPS = 20  # of the loop on the device
 
 
-def model_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
-    """One token through all layers."""
+def list_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """One token through all layers, each with a state of its own."""
     new_states = []
     for state in states:
         x, state = decode(**{**rest, "v": x}, state=state, implementation="native")
@@ -34,26 +38,59 @@ def model_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
     return new_states, x
 
 
+def pool_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """The same where one pool holds all layers' slots, B a layer."""
+    (pool,) = states
+    B = x.shape[0]
+    for first in range(0, pool.shape[0], B):
+        x, pool = decode(
+            **{**rest, "v": x},
+            state=pool,
+            # Constants of the program: computed, they would be a kernel a layer.
+            state_indices=np.arange(first, first + B, dtype=np.int32),
+            implementation="native",
+        )
+    return [pool], x
+
+
+def no_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """Nothing, with the arguments of a step."""
+    return states, x + 1
+
+
 class Steps:
     """A chain of model steps; `looped` of them are one program."""
 
-    def __init__(self, layers: int, B: int, options: dict[str, Any], looped: int = 1):
+    def __init__(
+        self,
+        layers: int,
+        B: int,
+        options: dict[str, Any],
+        step: Callable = list_step,
+        pool: bool = False,
+        looped: int = 1,
+        donate: tuple[int, ...] = (0, 2),
+    ):
         state, self._rest = _bench.split_state(_bench.model_inputs(_bench.Config(B=B)))
         self._states = [jnp.array(state) for _ in range(layers)]
-        self._x = self._rest["v"]
+        if pool:
+            self._states = [jnp.concatenate(self._states)]
+        self._x = jnp.array(self._rest["v"])
         self.calls = layers * looped
 
         def program(states, rest, x):
             if looped == 1:
-                return model_step(states, rest, x)
+                return step(states, rest, x)
             return lax.fori_loop(
                 0,
                 looped,
-                lambda _, carry: model_step(carry[0], rest, carry[1]),
+                lambda _, carry: step(carry[0], rest, carry[1]),
                 (states, x),
             )
 
-        self._call = jax.jit(program, donate_argnums=0, compiler_options=options)
+        self._call = jax.jit(
+            program, donate_argnums=donate, keep_unused=True, compiler_options=options
+        )
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -85,13 +122,17 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
     graphs, plain = options_of(True), {}
     if ON_GPU:
         plain = {"xla_gpu_enable_command_buffer": ""}
+    steps = ft.partial(Steps, layers, B)
     make: dict[str, Callable[[], Any]] = {
         "kernel alone": lambda: kernel_alone(layers, B),
-        "looped, command buffers": lambda: Steps(layers, B, graphs, STEPS),
-        "looped, none": lambda: Steps(layers, B, plain, STEPS),
-        "stepped, command buffers": lambda: Steps(layers, B, graphs),
-        "stepped, JAX's defaults": lambda: Steps(layers, B, {}),
-        "stepped, none": lambda: Steps(layers, B, plain),
+        "looped, command buffers": lambda: steps(graphs, looped=STEPS),
+        "looped, none": lambda: steps(plain, looped=STEPS),
+        "stepped, one pool": lambda: steps({}, pool_step, pool=True),
+        "stepped, a list": lambda: steps({}),
+        "the same, x not donated": lambda: steps({}, donate=(0,)),
+        "the same, no command buffers": lambda: steps(plain),
+        "nothing, one pool": lambda: steps({}, no_step, pool=True),
+        "nothing, a list": lambda: steps({}, no_step),
     }
     chains = {name: build() for name, build in make.items()}
     for chain in chains.values():
@@ -132,7 +173,7 @@ def main() -> None:
                 stayed = {True: "states stayed", False: "states MOVED", None: ""}
                 share = f"host's share {max(0, row['host_share']):4.0%}"
                 where = stayed[row["buffers_stayed"]]
-                print(f"  {name:26} {row['us_a_layer']:9.2f}  {share}  {where}")
+                print(f"  {name:28} {row['us_a_layer']:9.2f}  {share}  {where}")
     if arguments.json:
         report = {"machine": _bench_machine.machine(), "results": results}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -142,6 +142,7 @@ class OwnChain:
     """A chain of jitted calls; its kinds differ in what one program holds."""
 
     calls = 1
+    donated: tuple[int, ...] = (0,)
 
     def __init__(
         self,
@@ -153,11 +154,12 @@ class OwnChain:
     ):
         self._states = [jnp.array(x) for x in states]
         self._rests = rests
-        self._out: Any = rests[0].get("v", ())  # then the last step's
+        # Then the last step's; a copy, because it may be donated.
+        self._out: Any = jax.tree.map(jnp.array, rests[0].get("v", ()))
         # keep_unused: a no-op must be handed what the call it stands beside is.
         self._call = jax.jit(
             self._program(step, donate),
-            donate_argnums=0 if donate else (),
+            donate_argnums=self.donated if donate else (),
             keep_unused=True,
             compiler_options=compiler_options,
         )
@@ -191,8 +193,12 @@ class DeviceChain(OwnChain):
 
     Donated, the repetition is in the program too; not donated, it makes one round.
     Calls that could run at once would: so each is given what the one before it made,
-    its output as `v`, or, where there is none, its state.
+    its output as `v`, or, where there is none, its state. The last output is donated,
+    too: a program all of whose buffers stay starts without its command buffers being
+    recorded anew.
     """
+
+    donated = (0, 2)
 
     def _program(self, step: Step, donate: bool) -> Callable:
         sets = len(self._states)

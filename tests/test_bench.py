@@ -207,5 +207,5 @@ def test_layers_keep_their_states(script, monkeypatch):
     monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
     rows = script.measure(layers=2, B=1, seconds=0.02)["rows"]
     assert rows.pop("kernel alone")["host_share"] == 0
-    assert len(rows) == 5
+    assert len(rows) == 8
     assert all(row["buffers_stayed"] for row in rows.values())

@@ -1,0 +1,131 @@
+"""Holds what the tests' PTX machine counts against the counters of the chip.
+
+    python benchmarks/counters.py [--json FILE]
+
+runs itself under `ncu`, which reads the counters of every launch, and prints them
+beside the machine's: sectors and requests of global memory, wavefronts and conflicts of
+shared memory. Needs a GPU, ncu and cuobjdump.
+"""
+
+import argparse
+import csv
+import functools as ft
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jax_gdn
+from jax_gdn import _bench_machine
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cases import Case
+from ptx import launch
+
+# What is counted: by the chip, under that name; by the machine.
+METRICS = {
+    "sectors loaded": "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum",
+    "sectors stored": "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum",
+    "requests of loads": "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum",
+    "requests of stores": "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum",
+    "shared wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
+    "bank conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+}
+CASES = [
+    Case(B=B, H=H, HV=HV, T=T, layout=layout, state=state)
+    for layout in ("KV", "VK")
+    for state in ("float32", "bfloat16")
+    # Grids of the smallest tiles, of the middle ones, of the largest; several tokens.
+    for B, H, HV, T in ((1, 2, 4, 1), (5, 16, 32, 1), (33, 16, 32, 1), (2, 2, 4, 4))
+]
+
+
+def of_machine(case: Case) -> tuple[str, dict[str, int]]:
+    """Returns the kernel, and its counts."""
+    result = launch.decode(case.inputs(), **case.settings, out_dtype=case.out_dtype)
+    counters = result.counters
+    traffic, shared = counters.traffic.values(), counters.shared.values()
+    counts = {
+        "sectors loaded": sum(t.sectors for t in traffic if not t.is_write),
+        "sectors stored": sum(t.sectors for t in traffic if t.is_write),
+        "requests of loads": sum(t.requests for t in traffic if not t.is_write),
+        "requests of stores": sum(t.requests for t in traffic if t.is_write),
+        "shared wavefronts": sum(t.wavefronts for t in shared),
+        "bank conflicts": sum(t.conflicts for t in shared),
+    }
+    return result.plan["symbol"], counts
+
+
+def run_on_chip() -> None:
+    """Launches every case, one kernel each."""
+    for case in CASES:
+        arrays = jax.device_put(case.inputs())
+        call = ft.partial(jax_gdn.decode, **case.settings, implementation="native")
+        jax.block_until_ready(jax.jit(call)(**arrays))
+
+
+def of_chip() -> list[tuple[str, dict[str, int]]]:
+    """Returns the kernel and its counts, a launch at a time."""
+    output = subprocess.run(
+        [
+            *("ncu", "--clock-control", "none", "--csv", "--page", "raw"),
+            *("--kernel-name", "regex:^gdn_"),
+            *("--metrics", ",".join(METRICS.values())),
+            *(sys.executable, __file__, "--launch"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    table = output[output.index('"ID"') :]
+    rows = list(csv.DictReader(io.StringIO(table)))[1:]  # the first has units
+    return [
+        (
+            row["Kernel Name"],
+            {name: int(row[m].replace(",", "")) for name, m in METRICS.items()},
+        )
+        for row in rows
+    ]
+
+
+def compare() -> list[dict[str, Any]]:
+    results = []
+    for case, (kernel, chip) in zip(CASES, of_chip(), strict=True):
+        symbol, machine = of_machine(case)
+        if symbol != kernel:
+            raise RuntimeError(f"the chip ran {kernel}, the machine {symbol}")
+        results.append(
+            {"kernel": kernel, "case": case.id, "chip": chip, "machine": machine}
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.launch:
+        return run_on_chip()
+    results = compare()
+    for result in results:
+        print(f"{result['kernel']}, {result['case']}; chip / machine:")
+        print(
+            "  "
+            + ", ".join(
+                f"{name} {result['chip'][name]:,} / {result['machine'][name]:,}"
+                for name in METRICS
+            )
+        )
+    if arguments.json:
+        report = {"machine": _bench_machine.machine(), "results": results}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

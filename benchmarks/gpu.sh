@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# What a machine with a Hopper GPU is asked, part by part; JSON and logs go to a folder.
+#
+#     benchmarks/gpu.sh OUT build test sanitize counters bench compare layers accuracy
+#
+# Uses the Python, jax and nvcc that are there (and pytest-xdist for `test`); needs no
+# network. `compare` takes the peers that Python can import.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$1
+shift
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+
+build() {  # for this GPU's machine code, and PTX, which the tests read
+  python3 -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+}
+
+# A GPU test that would be skipped fails. Tests of XLA's H100 compiler without a GPU need
+# another plugin; they are no GPU tests.
+tests() {
+  JAX_GDN_REQUIRE_GPU=1 JAX_GDN_REQUIRE_PTX=1 \
+    python3 -m pytest -q -p no:cacheprovider -n 12 --durations 8 "$@"
+}
+
+sanitize() {  # every tool over the decode tests, at once
+  local tool
+  for tool in memcheck racecheck initcheck synccheck; do
+    JAX_GDN_REQUIRE_GPU=1 timeout 280 compute-sanitizer --tool "$tool" \
+      --kernel-name kernel_substring=gdn_ --target-processes all --error-exitcode 9 \
+      python3 -m pytest -q -p no:cacheprovider tests/test_decode.py tests/test_pools.py \
+      -k "not xla and not 33 and not odd" > "$out/sanitize-$tool.log" 2>&1 &
+  done
+  for tool in memcheck racecheck initcheck synccheck; do
+    wait -n
+    echo "sanitize: a tool ended with $?"
+  done
+  grep -H "ERROR SUMMARY\|RACECHECK SUMMARY\|passed\|failed" "$out"/sanitize-*.log
+}
+
+for part in "$@"; do
+  echo "== $part (${SECONDS}s)"
+  case $part in
+    build) build ;;
+    test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
+    sanitize) sanitize ;;
+    counters) python3 benchmarks/counters.py --json "$out/counters.json" ;;
+    bench)
+      jax-gdn bench --full --seconds 2 --json "$out/bench.json" --plot "$out/bench.png"
+      ;;
+    compare)
+      python3 benchmarks/compare.py --defects --json "$out/defects.json"
+      python3 benchmarks/compare.py --batch 1 8 32 64 256 512 --json "$out/compare.json"
+      ;;
+    layers) python3 benchmarks/layers.py --json "$out/layers.json" ;;
+    accuracy) python3 benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;
+    *) echo "gpu.sh: no part $part" && exit 2 ;;
+  esac
+  echo "== $part ended with $? (${SECONDS}s)"
+done
