@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What a machine with a Hopper GPU is asked, part by part; JSON and logs go to a folder.
+# -P, because the source tree has no native modules.
 #
 #     benchmarks/gpu.sh OUT build test sanitize counters bench compare layers accuracy
 #
@@ -19,16 +20,16 @@ build() {  # for this GPU's machine code, and PTX, which the tests read
 # another plugin; they are no GPU tests.
 tests() {
   JAX_GDN_REQUIRE_GPU=1 JAX_GDN_REQUIRE_PTX=1 \
-    python3 -m pytest -q -p no:cacheprovider -n 12 --durations 8 "$@"
+    python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -n 12 "$@"
 }
 
-sanitize() {  # every tool over the decode tests, at once
+sanitize() {  # every tool over the native decode tests, at once
   local tool
   for tool in memcheck racecheck initcheck synccheck; do
-    JAX_GDN_REQUIRE_GPU=1 timeout 280 compute-sanitizer --tool "$tool" \
-      --kernel-name kernel_substring=gdn_ --target-processes all --error-exitcode 9 \
-      python3 -m pytest -q -p no:cacheprovider tests/test_decode.py tests/test_pools.py \
-      -k "not xla and not 33 and not odd" > "$out/sanitize-$tool.log" 2>&1 &
+    JAX_GDN_REQUIRE_GPU=1 timeout 570 compute-sanitizer --tool "$tool" \
+      --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
+      python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -k native \
+      tests/test_pools.py tests/test_decode.py > "$out/sanitize-$tool.log" 2>&1 &
   done
   for tool in memcheck racecheck initcheck synccheck; do
     wait -n
@@ -45,7 +46,8 @@ for part in "$@"; do
     sanitize) sanitize ;;
     counters) python3 benchmarks/counters.py --json "$out/counters.json" ;;
     bench)
-      jax-gdn bench --full --seconds 2 --json "$out/bench.json" --plot "$out/bench.png"
+      python3 -P -m jax_gdn bench --full --layout KV VK --state-dtype float32 bfloat16 \
+        --seconds 2 --json "$out/bench.json" --plot "$out/bench.png"
       ;;
     compare)
       python3 benchmarks/compare.py --defects --json "$out/defects.json"

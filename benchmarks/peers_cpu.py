@@ -1,7 +1,7 @@
 """Peers on the CPU; each class is one, with a state that lives from call to call.
 
-Of the inputs they use the first set: a CPU's caches are not flushed. Where a peer takes
-gates or normalised vectors, they are computed outside the timing.
+Of the inputs they use the first set, once: a CPU's caches are not flushed. Where a
+peer takes gates or normalised vectors, they are computed outside the timing.
 """
 
 import ctypes
@@ -30,7 +30,8 @@ class Torch:
 
     layout, state_dtype, calls = "KV", "float32", 1
 
-    def __init__(self, inputs: list[Arrays]):
+    def __init__(self, inputs: list[Arrays], repeats: int = 1):
+        del repeats  # a GPU's, whose batches are made of fewer rows
         x = inputs[0]
         import torch
         from transformers.models.qwen3_next import modeling_qwen3_next as model
@@ -72,7 +73,8 @@ class OnnxRuntime:
 
     layout, state_dtype, calls = "KV", "float32", 1
 
-    def __init__(self, inputs: list[Arrays]):
+    def __init__(self, inputs: list[Arrays], repeats: int = 1):
+        del repeats  # a GPU's, whose batches are made of fewer rows
         x = inputs[0]
         import onnxruntime
 
@@ -144,7 +146,8 @@ class Ggml:
 
     layout, state_dtype, calls = "VK", "float32", 1
 
-    def __init__(self, inputs: list[Arrays]):
+    def __init__(self, inputs: list[Arrays], repeats: int = 1):
+        del repeats  # a GPU's, whose batches are made of fewer rows
         x = inputs[0]
         base, cpu = _ggml_libraries()
         B, T, HV, V = x["v"].shape

@@ -17,7 +17,9 @@ from jax_gdn import _bench
 Arrays = dict[str, np.ndarray]
 
 
-def _tensors(x: Arrays, layout: str, state_dtype: str) -> dict[str, Any]:
+def _tensors(
+    x: Arrays, layout: str, state_dtype: str, repeats: int = 1
+) -> dict[str, Any]:
     """Returns CUDA tensors: gates' weights float32, the rest but the state bfloat16."""
     import torch
 
@@ -25,9 +27,12 @@ def _tensors(x: Arrays, layout: str, state_dtype: str) -> dict[str, Any]:
     for name, array in x.items():
         if name == "state" and layout == "VK":
             array = array.swapaxes(-1, -2)
-        dtype = torch.float32 if name in ("A_log", "dt_bias") else torch.bfloat16
-        dtype = getattr(torch, state_dtype) if name == "state" else dtype
-        result[name] = torch.from_numpy(np.ascontiguousarray(array)).cuda().to(dtype)
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        if name in ("A_log", "dt_bias"):
+            result[name] = tensor.to(torch.float32)
+            continue
+        dtype = getattr(torch, state_dtype if name == "state" else "bfloat16")
+        result[name] = tensor.to(dtype).repeat(repeats, *[1] * (tensor.ndim - 1))
     result["output"] = torch.zeros_like(result["v"])
     return result
 
@@ -37,12 +42,14 @@ class TorchPeer:
 
     layout, state_dtype = "KV", "float32"
 
-    def __init__(self, inputs: list[Arrays]):
+    def __init__(self, inputs: list[Arrays], repeats: int = 1):
         import torch
 
         self._call = self.prepare()
         self._torch = torch
-        self._sets = [_tensors(x, self.layout, self.state_dtype) for x in inputs]
+        self._sets = [
+            _tensors(x, self.layout, self.state_dtype, repeats) for x in inputs
+        ]
         self.x = self._sets[0]
         self._graph: Any = None
         self._rounds = -(-_bench.CALLS_IN_A_ROW // len(inputs))
@@ -165,7 +172,7 @@ class Lalamo:
 
     layout, state_dtype = "VK", "float32"
 
-    def __init__(self, inputs: list[Arrays]):
+    def __init__(self, inputs: list[Arrays], repeats: int = 1):
         import importlib.util
 
         import jax
@@ -184,7 +191,8 @@ class Lalamo:
                 sys.modules[name] = module
         from lalamo.kernels.deltanet.pallas_recurrent import _make_batched_update
 
-        B, _, HV, V = inputs[0]["v"].shape
+        rows, _, HV, V = inputs[0]["v"].shape
+        B = rows * repeats
         update = _make_batched_update(B, HV, V)
 
         def step(state, x):
@@ -205,10 +213,15 @@ class Lalamo:
             state, out = update(*operands, state, jnp.ones(B, bool))
             return state, out[:, None].astype(x["v"].dtype)
 
-        states = [jnp.asarray(x["state"].swapaxes(-1, -2).copy()) for x in inputs]
-        rests = [
-            {n: jnp.asarray(y) for n, y in x.items() if n != "state"} for x in inputs
+        def array(name: str, x: np.ndarray) -> jax.Array:
+            x = x.swapaxes(-1, -2) if name == "state" else x
+            repeated = 1 if name in ("A_log", "dt_bias") else repeats
+            return jnp.tile(jnp.asarray(x), (repeated, *[1] * (x.ndim - 1)))
+
+        pairs = [
+            _bench.split_state({n: array(n, y) for n, y in x.items()}) for x in inputs
         ]
+        states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
         chain = _bench.DeviceChain(
             step, states, rests, compiler_options=_bench.COMMAND_BUFFERS

@@ -7,6 +7,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Processes that tests start find each other's code by their folder.
+os.environ.pop("PYTHONSAFEPATH", None)
 # Virtual ones, for meshes; whatever is not sharded runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 

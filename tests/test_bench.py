@@ -71,8 +71,9 @@ class FakeChain:
 
 
 def test_statistics():
-    # Three uncounted steps, then one a round: 3, 1, 2, 5, 4 seconds for two calls.
-    slow = FakeChain([9, 9, 9, 3, 1, 2, 5, 4], calls=2)
+    # Two uncounted steps, then in a round one more and one that counts: 3, 1, 2, 5, 4
+    # seconds for two calls.
+    slow = FakeChain([9, 9, 9, 3, 9, 1, 9, 2, 9, 5, 9, 4], calls=2)
     # Ten steps fill a round of one second.
     fast = FakeChain([0.1])
     timings = _bench.measure(
@@ -182,12 +183,12 @@ def script(request):
 @pytest.mark.parametrize("script", ["compare"], indirect=True)
 def test_compare_times_what_is_right_and_names_the_rest(script, monkeypatch):
     class Wrong(script.Own):
-        def __init__(self, inputs):
-            super().__init__(inputs)
+        def __init__(self, inputs, repeats=1):
+            super().__init__(inputs, repeats)
             right = self.once
             self.once = lambda: (right()[0], right()[1] * (1 + 1e-3))
 
-    def missing(inputs):
+    def missing(inputs, repeats=1):
         raise ImportError("nowhere")
 
     monkeypatch.setattr(script, "ON_GPU", False)
