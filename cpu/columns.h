@@ -82,9 +82,10 @@ class Columns {
 
   // Applies the last token. From the last row to the first: those that were read last
   // are still in the first cache, which does not hold all of a part.
-  template <DType kFrom, DType kTo, bool kKept>
+  template <DType kType, bool kKept>
   void Update(const void* from, const Token& token, Ahead& fetch) {
     const float *const k = token.k, *const decay = token.decay;
+    constexpr DType kFrom = kKept ? kFloat : kType;
     const void* const source = kKept ? tile_ : from;
     void* const to = token.to;
     const int32_t V = V_, j = j_;
@@ -100,7 +101,7 @@ class Columns {
         s[c] = Load<kFrom, N>(source, i * stride + first + c * N);
         s[c] = Updated(s[c], k_i, u[c], decay_i);
       }
-      StoreAll<kTo, N>(to, int64_t{i} * V + j, N, s);
+      StoreAll<kType, N>(to, int64_t{i} * V + j, N, s);
     }
     fetch = ahead;
   }

@@ -75,7 +75,7 @@ inline typename Lanes<N>::F Load(const void* data, int64_t index) {
     if constexpr (kType == DType::kBFloat16 && N == 16) {
       // To the upper half of each lane in one step; the mask clears the lower.
       constexpr U kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      const __m512i halves = _mm512_castsi256_si512(Read<__m256i_u>(from));
+      const __m512i halves = _mm512_castsi256_si512(Read<__m256i>(from));
       return Bits<F>(_mm512_maskz_permutexvar_epi16(
           0xaaaaaaaau, Bits<__m512i>(kLane << 16), halves));
     }
@@ -143,9 +143,13 @@ inline void StoreAll(void* data, int64_t index, int64_t stride,
     for (int n = 0; n < kCount; n += 2) {
       const auto two = Bits<int64_t __attribute__((vector_size(64)))>(
           _mm512_cvtne2ps_pbh(x[n + 1], x[n]));
+      char* to = static_cast<char*>(data) + 2 * (index + n * stride);
+      if (stride == N) {
+        __builtin_memcpy(to, &two, sizeof two);
+        continue;
+      }
       const auto first = __builtin_shufflevector(two, two, 0, 1, 2, 3);
       const auto second = __builtin_shufflevector(two, two, 4, 5, 6, 7);
-      char* to = static_cast<char*>(data) + 2 * (index + n * stride);
       __builtin_memcpy(to, &first, sizeof first);
       __builtin_memcpy(to + 2 * stride, &second, sizeof second);
     }

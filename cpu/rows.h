@@ -12,7 +12,8 @@
 namespace jax_gdn {
 namespace {
 
-// The lanes of x and y whose index has the bit kApart as 0 (kFirst) or 1, alternating.
+// Lanes whose index has the bit kApart are y's, the others x's; kOther: they come from
+// lanes kApart away.
 template <int kApart, bool kOther, typename F, int... kLane>
 inline F Exchange(F x, F y, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(
@@ -42,7 +43,9 @@ inline void SumLanes(const Lanes<kLanes>::F (&x)[kCount], float* sums) {
 }
 
 // Rows [j, j + kRows) of a [V, K] state: a row holds all that its own update needs.
-// The passes are not inlined, so that each has the registers for itself.
+// The passes are not inlined, so that each has the registers for itself. Their loops
+// are unrolled early, so that arrays are in registers, not cleared and reloaded in
+// memory.
 template <int kRows>
 class Rows {
  public:
@@ -138,9 +141,10 @@ class Rows {
     }
   }
 
-  template <DType kFrom, DType kTo, bool kKept>
+  template <DType kType, bool kKept>
   [[gnu::noinline]] void Update(const void* from, const Token& token, Ahead& fetch) {
     const float *const k = token.k, *const decay = token.decay;
+    constexpr DType kFrom = kKept ? kFloat : kType;
     const void* const source = kKept ? tile_ : from;
     void* const to = token.to;
     const int32_t K = K_, whole = whole_;
@@ -159,7 +163,7 @@ class Rows {
         const int64_t at = kKept ? InTile<kLanes>(n, i) : first + int64_t{n} * K + i;
         s[n] = Updated(Load<kFrom, kLanes>(source, at), k_i, u[n], decay_i);
       }
-      StoreAll<kTo, kLanes>(to, first + i, K, s);
+      StoreAll<kType, kLanes>(to, first + i, K, s);
     }
     fetch = ahead;
     for (int32_t i = whole; i < K; ++i) {
@@ -167,7 +171,7 @@ class Rows {
       for (int n = 0; n < kRows; ++n) {
         const int64_t at = first + int64_t{n} * K + i;
         const float s = Load<kFrom, 1>(source, kKept ? InTile<1>(n, i) : at);
-        Store<kTo, 1>(to, at, Updated(s, k[i], u_[n], decay[i]));
+        Store<kType, 1>(to, at, Updated(s, k[i], u_[n], decay[i]));
       }
     }
   }
@@ -210,9 +214,9 @@ class Two {
       part.template UpdateAndSum<kType, kStores>(token, next, ahead);
     }
   }
-  template <DType kFrom, DType kTo, bool kKept>
+  template <DType kType, bool kKept>
   void Update(const void* from, const Token& token, Ahead& ahead) {
-    for (Of& part : parts_) part.template Update<kFrom, kTo, kKept>(from, token, ahead);
+    for (Of& part : parts_) part.template Update<kType, kKept>(from, token, ahead);
   }
 
  private:

@@ -13,13 +13,13 @@ namespace {
 // Vectors of columns taken at once: enough sums to hide a multiply-add's latency, few
 // enough for sixteen registers; for several tokens as few as keep the tile small.
 constexpr int kAtOnce = 4, kAtOnceOfTile = 2;
-static_assert(kAtOnceOfTile * kLanes <= kTileWidth);
 
 // Columns or rows from `j` on while there are enough for whole parts, every token over
 // one part before the next part; returns the first that is left. kKeeps: through the
-// tile, as several tokens need it.
+// tile, which several tokens need, and which spares widening 16 bits twice.
 template <typename Of, DType kType, bool kKeeps>
 int32_t DecodeParts(const Work& work, int32_t j, Ahead& ahead) {
+  static_assert(!kKeeps || Of::kSize <= kTileWidth);
   const Token* const last = work.tokens + work.count - 1;
   for (; j + Of::kSize <= work.V; j += Of::kSize) {
     Of part(work, j);
@@ -34,11 +34,7 @@ int32_t DecodeParts(const Work& work, int32_t j, Ahead& ahead) {
     }
     part.Finish(*last);
     if (last->to == nullptr) continue;
-    if (kKeeps) {
-      part.template Update<kFloat, kType, true>(work.from, *last, ahead);
-    } else {
-      part.template Update<kType, kType, false>(work.from, *last, ahead);
-    }
+    part.template Update<kType, kKeeps>(work.from, *last, ahead);
   }
   return j;
 }
@@ -61,7 +57,8 @@ void DecodeAs(const Work& work) {
 
 template <DType kType>
 void DecodeAs(const Work& work) {
-  return work.count > 1 ? DecodeAs<kType, true>(work) : DecodeAs<kType, false>(work);
+  return work.count > 1 || kType != kFloat ? DecodeAs<kType, true>(work)
+                                           : DecodeAs<kType, false>(work);
 }
 
 template <DType kType>
