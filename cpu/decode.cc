@@ -50,21 +50,46 @@ float Scalar(const Input& x, int64_t index) {
   }
 }
 
-// Decodes states one after the other, with scratch of its own.
+// A thread's memory, kept from call to call: zeroed pages cost more than a small call.
+class Scratch {
+ public:
+  // Room for `count` numbers, from the start of a cache line on. Until the next Reset.
+  float* Take(int64_t count) {
+    const int64_t lines = (count + kPerLine - 1) / kPerLine;
+    used_ += lines;
+    return lines_[used_ - lines].values;
+  }
+  // At least so much can be taken, in up to `pieces` pieces.
+  void Reset(int64_t count, int64_t pieces) {
+    used_ = 0;
+    const size_t lines = count / kPerLine + pieces;
+    if (lines_.size() < lines) lines_.resize(lines);
+  }
+
+ private:
+  static constexpr int64_t kPerLine = 16;
+  struct alignas(64) Line {
+    float values[kPerLine];
+  };
+  std::vector<Line> lines_;
+  int64_t used_ = 0;
+};
+
+// Decodes states one after the other.
 class Decoder {
  public:
   explicit Decoder(const DecodeParams& params)
-      : p_(params),
-        kernels_(ChosenKernels()),
-        tokens_(p_.T),
-        decay_(p_.T * p_.K),
-        k_(p_.T * p_.K),
-        decayed_q_(p_.T * p_.K),
-        decayed_k_(p_.T * p_.K),
-        v_(p_.T * p_.V),
-        out_(p_.T * p_.V),
-        q_(p_.K),
-        bias_(p_.K) {}
+      : p_(params), kernels_(ChosenKernels()), tokens_(p_.T) {
+    static thread_local Scratch scratch;
+    scratch.Reset(p_.T * (5 * p_.K + 2 * p_.V + 1) + (1 + kTileWidth) * p_.K, 10);
+    for (float** per_key : {&q_, &k_, &decay_, &decayed_q_, &decayed_k_}) {
+      *per_key = scratch.Take(p_.T * p_.K);
+    }
+    for (float** per_value : {&v_, &out_}) *per_value = scratch.Take(p_.T * p_.V);
+    qk_ = scratch.Take(p_.T);
+    bias_ = scratch.Take(p_.K);
+    tile_ = scratch.Take(int64_t{kTileWidth} * p_.K);
+  }
 
   // All tokens of state `index` of [B, HV]. The next one is brought near meanwhile.
   void DecodeState(int64_t index, bool has_next) {
@@ -72,9 +97,9 @@ class Decoder {
     const int32_t hv = static_cast<int32_t>(index % p_.HV);
     const int64_t read = ReadSlot(p_, n);
     if (read == kNoSlot) {
-      std::fill(out_.begin(), out_.end(), 0.0f);
+      std::fill_n(out_, p_.T * p_.V, 0.0f);
     } else {
-      DecodeTokens(n, hv, read, has_next ? Next(index + 1) : StateView{});
+      DecodeTokens(n, hv, read, has_next ? Next(index + 1) : nullptr);
     }
     for (int64_t t = 0; t < p_.T; ++t) {
       kernels_.round(&out_[t * p_.V], ((n * p_.T + t) * p_.HV + hv) * p_.V, p_.V,
@@ -83,53 +108,27 @@ class Decoder {
   }
 
  private:
-  StateView InPool(int64_t slot, int32_t hv) const {
+  void* InPool(int64_t slot, int32_t hv) const {
     const int64_t bytes = int64_t{p_.K} * p_.V * SizeOf(p_.state.dtype);
-    return {static_cast<char*>(p_.state.data) + (slot * p_.HV + hv) * bytes,
-            p_.state.dtype};
+    return static_cast<char*>(p_.state.data) + (slot * p_.HV + hv) * bytes;
   }
 
-  StateView Next(int64_t index) const {
+  const void* Next(int64_t index) const {
     const int64_t read = ReadSlot(p_, index / p_.HV);
-    return read == kNoSlot ? StateView{} : InPool(read, index % p_.HV);
+    return read == kNoSlot ? nullptr : InPool(read, index % p_.HV);
   }
 
-  void DecodeTokens(int64_t n, int32_t hv, int64_t read, StateView ahead) {
-    StateView now = InPool(read, hv);
-    int64_t first = 0;  // of the tokens that are ready and not yet decoded
+  void DecodeTokens(int64_t n, int32_t hv, int64_t read, const void* ahead) {
+    const int64_t key_head = n * p_.H + hv / p_.group;
+    if (key_head != key_head_) LoadKeys(n, hv / p_.group);
+    key_head_ = key_head;
     for (int64_t t = 0; t < p_.T; ++t) {
-      Token& token = LoadToken(n, t, hv);
-      const bool last = t + 1 == p_.T;
       const int64_t write = WriteSlot(p_, n, t, read);
-      const bool stores = write != kNoSlot && (p_.snapshots || last);
-      token.from = now;
-      token.to = Destination(write, stores, last, hv);
-      now = token.to;
-      const bool rounds = stores && now.data != InPool(write, hv).data;
-      if (!last && !rounds) continue;
-      kernels_.decode(p_.layout, &tokens_[first], t + 1 - first, p_.K, p_.V,
-                      last ? ahead : StateView{});
-      if (rounds) RoundInto(write, hv);
-      first = t + 1;
+      const bool stores = write != kNoSlot && (p_.snapshots || t + 1 == p_.T);
+      LoadToken(n, t, hv).to = stores ? InPool(write, hv) : nullptr;
     }
-  }
-
-  // Where a token's new state goes. Between tokens it is float32: in the slot it is
-  // bound for, if that is float32, else in scratch.
-  StateView Destination(int64_t write, bool stores, bool last, int32_t hv) {
-    if (stores && (last || p_.state.dtype == DType::kFloat32)) {
-      return InPool(write, hv);
-    }
-    if (last) return {nullptr, p_.state.dtype};
-    if (write != kNoSlot && p_.state.dtype == DType::kFloat32) return InPool(write, hv);
-    scratch_.resize(int64_t{p_.K} * p_.V);
-    return {scratch_.data(), DType::kFloat32};
-  }
-
-  // A 16-bit snapshot of the state in scratch.
-  void RoundInto(int64_t slot, int32_t hv) {
-    const StateView to = InPool(slot, hv);
-    kernels_.round(scratch_.data(), 0, int64_t{p_.K} * p_.V, {to.data, to.dtype});
+    kernels_.decode({p_.layout, p_.state.dtype, p_.K, p_.V, InPool(read, hv),
+                     tokens_.data(), p_.T, tile_, ahead});
   }
 
   void LoadDecay(int64_t head, int32_t hv, float* decay) {
@@ -140,7 +139,7 @@ class Decoder {
       return;
     }
     kernels_.widen(p_.a, head * p_.K, p_.K, decay);
-    kernels_.widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_.data());
+    kernels_.widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_);
     for (int32_t i = 0; i < p_.K; ++i) {
       decay[i] = std::exp(rate * Softplus(decay[i] + bias_[i]));
     }
@@ -150,40 +149,51 @@ class Decoder {
     return 1.0f / std::sqrt(kernels_.dot(x, x, p_.K) + kNormEpsilon);
   }
 
+  // q and k of all tokens; value heads that follow one another share them.
+  void LoadKeys(int64_t n, int32_t h) {
+    for (int64_t t = 0; t < p_.T; ++t) {
+      const int64_t first = ((n * p_.T + t) * p_.H + h) * p_.K;
+      float *const q = &q_[t * p_.K], *const k = &k_[t * p_.K];
+      kernels_.widen(p_.q, first, p_.K, q);
+      kernels_.widen(p_.k, first, p_.K, k);
+      float q_factor = p_.scale, k_factor = 1.0f;
+      if (p_.use_qk_l2norm) {
+        q_factor *= NormFactor(q);
+        k_factor = NormFactor(k);
+      }
+      for (int32_t i = 0; i < p_.K; ++i) {
+        q[i] *= q_factor;
+        k[i] *= k_factor;
+      }
+      qk_[t] = kernels_.dot(q, k, p_.K);
+    }
+  }
+
   Token& LoadToken(int64_t n, int64_t t, int32_t hv) {
-    const int64_t token = n * p_.T + t, head = token * p_.HV + hv;
-    const int64_t key_head = token * p_.H + hv / p_.group;
-    float *const q = q_.data(), *const k = &k_[t * p_.K], *const v = &v_[t * p_.V],
-                 *const decay = &decay_[t * p_.K], *const dq = &decayed_q_[t * p_.K],
-                 *const dk = &decayed_k_[t * p_.K];
-    kernels_.widen(p_.q, key_head * p_.K, p_.K, q);
-    kernels_.widen(p_.k, key_head * p_.K, p_.K, k);
+    const int64_t head = (n * p_.T + t) * p_.HV + hv;
+    const float *const q = &q_[t * p_.K], *const k = &k_[t * p_.K];
+    float *const v = &v_[t * p_.V], *const decay = &decay_[t * p_.K],
+                 *const dq = &decayed_q_[t * p_.K], *const dk = &decayed_k_[t * p_.K];
     kernels_.widen(p_.v, head * p_.V, p_.V, v);
     LoadDecay(head, hv, decay);
-    float q_factor = p_.scale, k_factor = 1.0f;
-    if (p_.use_qk_l2norm) {
-      q_factor *= NormFactor(q);
-      k_factor = NormFactor(k);
-    }
     for (int32_t i = 0; i < p_.K; ++i) {
-      q[i] *= q_factor;
-      k[i] *= k_factor;
       dq[i] = decay[i] * q[i];
       dk[i] = decay[i] * k[i];
     }
     const float beta = 1.0f / (1.0f + std::exp(-Scalar(p_.b, head)));
-    return tokens_[t] = {
-               dq, dk, k, decay, v, &out_[t * p_.V], beta, kernels_.dot(q, k, p_.K),
-               {}, {}};
+    return tokens_[t] = {dq, dk, k, decay, v, &out_[t * p_.V], beta, qk_[t], nullptr};
   }
 
   const DecodeParams& p_;
   const Kernels& kernels_;
-  std::vector<Token> tokens_;                             // [T]
-  std::vector<float> decay_, k_, decayed_q_, decayed_k_;  // [T, K]
-  std::vector<float> v_, out_;                            // [T, V]
-  std::vector<float> q_, bias_;                           // [K]
-  std::vector<float> scratch_;  // [K V], only where a state cannot be kept in its slot
+  std::vector<Token> tokens_;               // [T]
+  int64_t key_head_ = -1;                   // of [B, H], whose q and k are:
+  float *q_, *k_;                           // [T, K], normalised
+  float* qk_;                               // [T]
+  float *decay_, *decayed_q_, *decayed_k_;  // [T, K]
+  float *v_, *out_;                         // [T, V]
+  float* bias_;                             // [K]
+  float* tile_;                             // [kTileWidth, K]
 };
 
 }  // namespace

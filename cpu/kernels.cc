@@ -5,14 +5,13 @@
 
 namespace jax_gdn {
 
-#define JAX_GDN_DECLARE(isa)                                                           \
-  namespace isa {                                                                      \
-  void Decode(Layout layout, const Token* tokens, int64_t count, int32_t K, int32_t V, \
-              StateView ahead);                                                        \
-  void Widen(const Input& x, int64_t first, int64_t count, float* values);             \
-  void Round(const float* values, int64_t first, int64_t count, const Output& x);      \
-  float Dot(const float* x, const float* y, int32_t size);                             \
-  constexpr Kernels kKernels = {#isa, Decode, Widen, Round, Dot};                      \
+#define JAX_GDN_DECLARE(isa)                                                      \
+  namespace isa {                                                                 \
+  void Decode(const Work& work);                                                  \
+  void Widen(const Input& x, int64_t first, int64_t count, float* values);        \
+  void Round(const float* values, int64_t first, int64_t count, const Output& x); \
+  float Dot(const float* x, const float* y, int32_t size);                        \
+  constexpr Kernels kKernels = {#isa, Decode, Widen, Round, Dot};                 \
   }
 JAX_GDN_DECLARE(plain)
 #ifdef JAX_GDN_X86

@@ -11,15 +11,7 @@
 
 namespace jax_gdn {
 
-// A state in memory.
-struct StateView {
-  void* data;  // null: the new state is not wanted
-  DType dtype;
-};
-
-// What one token brings to one state, normalised and activated; the state that it
-// reads and the one that it leaves, which may be the same memory. If their dtypes
-// differ, one is float32.
+// What one token brings to one state, normalised and activated.
 struct Token {
   const float* decayed_q;  // [K], scaled and times decay
   const float* decayed_k;  // [K], times decay
@@ -29,16 +21,28 @@ struct Token {
   float* out;              // [V]
   float beta;
   float qk;  // q.k, scaled
-  StateView from, to;
+  void* to;  // the slot for the state after it; null: not wanted
+};
+
+// Entries of a part, a row or a column of K, that the tile has room for.
+constexpr int32_t kTileWidth = 32;
+
+// All tokens of one state.
+struct Work {
+  Layout layout;
+  DType dtype;  // of the state
+  int32_t K, V;
+  const void* from;  // the state, which a token may be about to write
+  const Token* tokens;
+  int64_t count;
+  float* tile;        // [kTileWidth, K], aligned: a part of the state between tokens
+  const void* ahead;  // a state that is read next and asked for meanwhile, or null
 };
 
 // What is compiled for an instruction set.
 struct Kernels {
   const char* name;  // of the instruction set
-  // Applies tokens to a state in order; each reads what the one before it left.
-  // Meanwhile asks for `ahead`, which is read next, unless its data is null.
-  void (*decode)(Layout layout, const Token* tokens, int64_t count, int32_t K,
-                 int32_t V, StateView ahead);
+  void (*decode)(const Work& work);
   // Elements [first, first + count) of a buffer to float32, and from it, rounded once.
   void (*widen)(const Input& x, int64_t first, int64_t count, float* values);
   void (*round)(const float* values, int64_t first, int64_t count, const Output& x);

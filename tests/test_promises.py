@@ -93,9 +93,9 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("layout", "per_channel"), FORMS)
-@pytest.mark.parametrize("K", [64, 128, 192])
-def test_several_tokens_equal_single_calls(layout, per_channel, K):
-    case = Case(T=5, K=K, V=48, layout=layout, per_channel=per_channel)
+@pytest.mark.parametrize(("K", "V"), [(64, 48), (128, 48), (192, 48), (128, 144)])
+def test_several_tokens_equal_single_calls(layout, per_channel, K, V):
+    case = Case(T=5, K=K, V=V, layout=layout, per_channel=per_channel)
     arrays = case.inputs()
     out, state = jax_gdn.decode(**arrays, state_layout=layout)
     outs = []

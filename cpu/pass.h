@@ -1,0 +1,57 @@
+// What every pass over a part of a state needs. Compiled once an instruction set.
+#ifndef JAX_GDN_CPU_PASS_H_
+#define JAX_GDN_CPU_PASS_H_
+
+#include <cstdint>
+
+#include "cpu/lanes.h"
+
+namespace jax_gdn {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+constexpr DType kFloat = DType::kFloat32;
+
+// Memory that is asked for while there is arithmetic to do, evenly over all of it.
+class Ahead {
+ public:
+  // `visits`: entries of a state that are passed over in the meantime.
+  Ahead(const void* data, int64_t bytes, int64_t visits)
+      : at_(static_cast<const char*>(data)),
+        end_(at_ == nullptr ? at_ : at_ + bytes),
+        price_(kLine * visits / bytes) {}
+
+  // To be called with every entry that is passed over.
+  void Fetch(int64_t visits) {
+    for (credit_ += visits; credit_ >= price_ && at_ < end_; credit_ -= price_) {
+      __builtin_prefetch(at_, 1, 2);
+      at_ += kLine;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* at_;
+  const char* end_;
+  int64_t price_;  // of a line, in visits
+  int64_t credit_ = 0;
+};
+
+// An entry after a token. Written once: what several tokens of a call leave must be,
+// bit by bit, what as many calls leave.
+template <typename F>
+inline F Updated(F s, F k, F u, F decay) {
+  return k * u + decay * s;
+}
+
+}  // namespace
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CPU_PASS_H_

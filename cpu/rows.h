@@ -1,0 +1,229 @@
+// Parts of a [V, K] state. Compiled once an instruction set.
+#ifndef JAX_GDN_CPU_ROWS_H_
+#define JAX_GDN_CPU_ROWS_H_
+
+#include <cstdint>
+#include <utility>
+
+#include "cpu/lanes.h"
+#include "cpu/pass.h"
+#include "cpu/step.h"
+
+namespace jax_gdn {
+namespace {
+
+// Lanes whose index has the bit kApart are y's, the others x's; kOther: they come from
+// lanes kApart away.
+template <int kApart, bool kOther, typename F, int... kLane>
+inline F Exchange(F x, F y, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      x, y,
+      (kLane & kApart ? kLanes + (kOther ? kLane - kApart : kLane)
+                      : (kOther ? kLane + kApart : kLane))...);
+}
+
+// sums[n] becomes the sum over the lanes of x[n], by neighbours, then neighbours'
+// pairs. What it writes are whole vectors.
+template <int kCount, int kApart = 1>
+inline void SumLanes(const Lanes<kLanes>::F (&x)[kCount], float* sums) {
+  if constexpr (kApart == kLanes) {
+    __builtin_memcpy(sums, x, sizeof x);
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes> kAll{};
+    constexpr int kHalf = (kCount + 1) / 2;
+    Lanes<kLanes>::F y[kHalf];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      const auto first = x[2 * i], second = x[kCount > 1 ? 2 * i + 1 : 0];
+      y[i] = Exchange<kApart, false>(first, second, kAll) +
+             Exchange<kApart, true>(first, second, kAll);
+    }
+    SumLanes<kHalf, 2 * kApart>(y, sums);
+  }
+}
+
+// Rows [j, j + kRows) of a [V, K] state: a row holds all that its own update needs.
+// The passes are not inlined, so that each has the registers for itself. Their loops
+// are unrolled early, so that arrays are in registers, not cleared and reloaded in
+// memory.
+template <int kRows>
+class Rows {
+ public:
+  static constexpr int32_t kSize = kRows;
+
+  Rows(const Work& work, int32_t j, float* tile)
+      : K_(work.K), whole_(K_ - K_ % kLanes), j_(j), tile_(tile) {}
+  Rows(const Work& work, int32_t j) : Rows(work, j, work.tile) {}
+
+  template <DType kType, bool kKeeps>
+  [[gnu::noinline]] void Sum(const void* state, const Token& token, Ahead& fetch) {
+    const float *const dk = token.decayed_k, *const dq = token.decayed_q;
+    float* const tile = tile_;
+    const int32_t K = K_, whole = whole_;
+    const int64_t first = int64_t{j_} * K;
+    Ahead ahead = fetch;
+    F sums[2 * kRows];  // p of each row, then r
+#pragma GCC unroll 16
+    for (F& sum : sums) sum = F{};
+    for (int32_t i = 0; i < whole; i += kLanes) {
+      const F dk_i = Load<kFloat, kLanes>(dk, i), dq_i = Load<kFloat, kLanes>(dq, i);
+      ahead.Fetch(kRows * kLanes);
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        const F s = Load<kType, kLanes>(state, first + int64_t{n} * K + i);
+        if (kKeeps) Store<kFloat, kLanes>(tile, InTile<kLanes>(n, i), s);
+        sums[n] += dk_i * s;
+        sums[kRows + n] += dq_i * s;
+      }
+    }
+    SumLanes(sums, sums_);
+    fetch = ahead;
+    for (int32_t i = whole; i < K; ++i) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        const float s = Load<kType, 1>(state, first + int64_t{n} * K + i);
+        if (kKeeps) tile[InTile<1>(n, i)] = s;
+        sums_[n] += dk[i] * s;
+        sums_[kRows + n] += dq[i] * s;
+      }
+    }
+  }
+
+  void Finish(const Token& x) {
+    using R = typename Lanes<kRows>::F;
+    const R p = Load<kFloat, kRows>(sums_, 0), r = Load<kFloat, kRows>(sums_, kRows);
+    const R u = x.beta * (Load<kFloat, kRows>(x.v, j_) - p);
+    Store<kFloat, kRows>(u_, 0, u);
+    Store<kFloat, kRows>(x.out, j_, r + x.qk * u);
+  }
+
+  template <DType kType, bool kStores>
+  [[gnu::noinline]] void UpdateAndSum(const Token& token, const Token& next,
+                                      Ahead& fetch) {
+    const float *const k = token.k, *const decay = token.decay;
+    const float *const dk = next.decayed_k, *const dq = next.decayed_q;
+    float* const tile = tile_;
+    void* const to = token.to;
+    const int32_t K = K_, whole = whole_;
+    const int64_t first = int64_t{j_} * K;
+    Ahead ahead = fetch;
+    F u[kRows], sums[2 * kRows];
+#pragma GCC unroll 16
+    for (F& sum : sums) sum = F{};
+#pragma GCC unroll 16
+    for (int n = 0; n < kRows; ++n) u[n] = Fill<kLanes>(u_[n]);
+    for (int32_t i = 0; i < whole; i += kLanes) {
+      const F k_i = Load<kFloat, kLanes>(k, i),
+              decay_i = Load<kFloat, kLanes>(decay, i);
+      const F dk_i = Load<kFloat, kLanes>(dk, i), dq_i = Load<kFloat, kLanes>(dq, i);
+      ahead.Fetch(kRows * kLanes);
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        const int64_t at = InTile<kLanes>(n, i);
+        const F s = Updated(Load<kFloat, kLanes>(tile, at), k_i, u[n], decay_i);
+        Store<kFloat, kLanes>(tile, at, s);
+        if (kStores) Store<kType, kLanes>(to, first + int64_t{n} * K + i, s);
+        sums[n] += dk_i * s;
+        sums[kRows + n] += dq_i * s;
+      }
+    }
+    SumLanes(sums, sums_);
+    fetch = ahead;
+    for (int32_t i = whole; i < K; ++i) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        float& entry = tile[InTile<1>(n, i)];
+        const float s = entry = Updated(entry, k[i], u_[n], decay[i]);
+        if (kStores) Store<kType, 1>(to, first + int64_t{n} * K + i, s);
+        sums_[n] += dk[i] * s;
+        sums_[kRows + n] += dq[i] * s;
+      }
+    }
+  }
+
+  template <DType kType, bool kKept>
+  [[gnu::noinline]] void Update(const void* from, const Token& token, Ahead& fetch) {
+    const float *const k = token.k, *const decay = token.decay;
+    constexpr DType kFrom = kKept ? kFloat : kType;
+    const void* const source = kKept ? tile_ : from;
+    void* const to = token.to;
+    const int32_t K = K_, whole = whole_;
+    const int64_t first = int64_t{j_} * K;
+    Ahead ahead = fetch;
+    F u[kRows];
+#pragma GCC unroll 16
+    for (int n = 0; n < kRows; ++n) u[n] = Fill<kLanes>(u_[n]);
+    for (int32_t i = 0; i < whole; i += kLanes) {
+      const F k_i = Load<kFloat, kLanes>(k, i),
+              decay_i = Load<kFloat, kLanes>(decay, i);
+      ahead.Fetch(kRows * kLanes);
+      F s[kRows];
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        const int64_t at = kKept ? InTile<kLanes>(n, i) : first + int64_t{n} * K + i;
+        s[n] = Updated(Load<kFrom, kLanes>(source, at), k_i, u[n], decay_i);
+      }
+      StoreAll<kType, kLanes>(to, first + i, K, s);
+    }
+    fetch = ahead;
+    for (int32_t i = whole; i < K; ++i) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        const int64_t at = first + int64_t{n} * K + i;
+        const float s = Load<kFrom, 1>(source, kKept ? InTile<1>(n, i) : at);
+        Store<kType, 1>(to, at, Updated(s, k[i], u_[n], decay[i]));
+      }
+    }
+  }
+
+ private:
+  using F = Lanes<kLanes>::F;
+
+  // Where the tile has entries [i, i + N) of a row: in the order they are passed over.
+  template <int N>
+  static int64_t InTile(int n, int32_t i) {
+    return int64_t{i} * kRows + n * N;
+  }
+
+  const int32_t K_, whole_, j_;
+  float* const tile_;  // [K / kLanes, kRows, kLanes], then [K % kLanes, kRows]
+  float sums_[2 * kRows > kLanes ? 2 * kRows : kLanes];  // p of each row, then r
+  float u_[kRows];
+};
+
+// Two parts in turn: while the lanes of one are summed, the other is passed over.
+template <typename Of>
+class Two {
+ public:
+  static constexpr int32_t kSize = 2 * Of::kSize;
+
+  Two(const Work& work, int32_t j)
+      : parts_{Of(work, j, work.tile),
+               Of(work, j + Of::kSize, work.tile + int64_t{Of::kSize} * work.K)} {}
+
+  template <DType kType, bool kKeeps>
+  void Sum(const void* state, const Token& token, Ahead& ahead) {
+    for (Of& part : parts_) part.template Sum<kType, kKeeps>(state, token, ahead);
+  }
+  void Finish(const Token& token) {
+    for (Of& part : parts_) part.Finish(token);
+  }
+  template <DType kType, bool kStores>
+  void UpdateAndSum(const Token& token, const Token& next, Ahead& ahead) {
+    for (Of& part : parts_) {
+      part.template UpdateAndSum<kType, kStores>(token, next, ahead);
+    }
+  }
+  template <DType kType, bool kKept>
+  void Update(const void* from, const Token& token, Ahead& ahead) {
+    for (Of& part : parts_) part.template Update<kType, kKept>(from, token, ahead);
+  }
+
+ private:
+  Of parts_[2];
+};
+
+}  // namespace
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CPU_ROWS_H_
