@@ -13,7 +13,9 @@ Peers are in `peers_cpu.py` and `peers_cuda.py`.
 
 import argparse
 import dataclasses
+import datetime
 import functools as ft
+import importlib.metadata
 import json
 import os
 import sys
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gdn import _bench, _bench_machine, _bench_run
+from jax_gdn.cli import positive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +36,9 @@ import peers_cuda
 from oracle import decode64
 
 ON_GPU = jax.devices()[0].platform == "gpu"
+# Where the peers come from.
+PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "triton")
+PACKAGES += ("flashinfer-python", "nvidia-cutlass-dsl", "fla-core", "lalamo")
 # Random rows that a large batch on a GPU consists of, over and over: there, making all
 # of it on the host would take longer than everything else.
 ROWS = 8
@@ -145,6 +151,7 @@ def compare(
     table, chains = {}, {}
     for name, make in peers.items():
         if any(part in name for part in skip):
+            table[name] = {"peer": name, "B": B, "note": "skipped"}
             continue
         try:
             table[name] = {"peer": name, "B": B, "error": errors_of(make, small)}
@@ -165,7 +172,8 @@ def compare(
     timings = _bench.measure(chains, seconds)
     for name, timing in timings.items():
         table[name] |= {n: 1e6 * getattr(timing, n) for n in ("median", "low", "high")}
-        table[name]["times_native"] = timing.median / timings["jax_gdn native"].median
+        if native := timings.get("jax_gdn native"):
+            table[name]["times_native"] = timing.median / native.median
     return list(table.values())
 
 
@@ -175,15 +183,24 @@ def _line(row: dict[str, Any]) -> str:
     error = row.get("error")
     checked = f"{error['out']:.1e} / {error['state']:.1e}" if error else ""
     quartiles = f"({row['low']:,.1f} to {row['high']:,.1f})"
+    share = f"{row['times_native']:6.2f} x native" if "times_native" in row else ""
     return (
         f"{row['peer']:34} {row['B']:4} {row['median']:11,.1f} us {quartiles:24} "
-        f"{row['times_native']:6.2f} x native  {checked}"
+        f"{share}  {checked}"
     )
+
+
+def version(package: str) -> str | None:
+    """Returns the version of a package that is installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size")
     parser.add_argument("--warm", action="store_true", help="GPU: one state")
     parser.add_argument(
@@ -196,7 +213,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--defects", action="store_true")
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"machine": _bench_machine.machine()}
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "arguments": sys.argv[1:],
+        "machine": _bench_machine.machine(),
+        "peers": {name: version(name) for name in PACKAGES},
+    }
     if arguments.defects:
         report["defects"] = [dataclasses.asdict(x) for x in peers_cuda.defects()]
         for defect in report["defects"]:

@@ -128,6 +128,17 @@ class OnnxRuntime:
         return self._out.reshape(self._out_shape), self._feed["s"]
 
 
+class _Plan(ctypes.Structure):
+    """ggml_cplan; room behind it for what newer versions add."""
+
+    _fields_ = (
+        ("work_size", ctypes.c_size_t),
+        ("work_data", ctypes.c_void_p),
+        ("n_threads", ctypes.c_int),
+        ("later", ctypes.c_char * 256),
+    )
+
+
 class _InitParams(ctypes.Structure):
     _fields_ = (
         ("mem_size", ctypes.c_size_t),
@@ -159,7 +170,7 @@ class Ggml:
         state = x["state"].swapaxes(-1, -2)[:, self._order]
         q, k = normalised(x["q"]), normalised(x["k"])
         arrays = [q, k, x["v"][:, :, self._order], g, beta, state]
-        # The inputs, as much again for the result, and work space.
+        # The inputs, as much again for the result, and what ggml notes beside.
         room = 2 * sum(y.nbytes for y in arrays) + (64 << 20)
         self._context = base.ggml_init(_InitParams(room, None, False))
         tensors = []
@@ -173,10 +184,14 @@ class Ggml:
         self._graph = base.ggml_new_graph(self._context)
         base.ggml_build_forward_expand(self._graph, self._result)
         self._base, self._cpu = base, cpu
+        # Planned once, as a model does: the short cut takes new memory every call.
+        self._plan = cpu.ggml_graph_plan(self._graph, THREADS, None)
+        self._work = ctypes.create_string_buffer(max(1, self._plan.work_size))
+        self._plan.work_data = ctypes.addressof(self._work)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self._cpu.ggml_graph_compute_with_ctx(self._context, self._graph, THREADS)
+            self._cpu.ggml_graph_compute(self._graph, ctypes.byref(self._plan))
 
     def wait(self) -> None:
         pass
@@ -212,7 +227,9 @@ def _ggml_libraries():
     for name, types in signatures.items():
         function = getattr(base, name)
         function.argtypes, function.restype = types, pointer
-    cpu.ggml_graph_compute_with_ctx.argtypes = [pointer, pointer, int32]
+    cpu.ggml_graph_plan.argtypes = [pointer, int32, pointer]
+    cpu.ggml_graph_plan.restype = _Plan
+    cpu.ggml_graph_compute.argtypes = [pointer, pointer]
     return base, cpu
 
 

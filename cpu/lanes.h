@@ -8,7 +8,7 @@
 #define JAX_GDN_CPU_LANES_H_
 
 #include <cstdint>
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -80,6 +80,18 @@ inline typename Lanes<N>::F Load(const void* data, int64_t index) {
           0xaaaaaaaau, Bits<__m512i>(kLane << 16), halves));
     }
 #endif
+    // Instructions that know float16's subnormals, whatever a thread does with
+    // float32's.
+#ifdef __AVX512F__
+    if constexpr (kType == DType::kFloat16 && N == 16) {
+      return Bits<F>(_mm512_cvtph_ps(Read<__m256i>(from)));
+    }
+#endif
+#ifdef __F16C__
+    if constexpr (kType == DType::kFloat16 && N == 8) {
+      return Bits<F>(_mm256_cvtph_ps(Read<__m128i>(from)));
+    }
+#endif
     const U half = Convert<U, N>(Read<H>(from));
     if constexpr (kType == DType::kBFloat16) return Bits<F>(half << 16);
     const U sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
@@ -107,6 +119,22 @@ inline void Store(void* data, int64_t index, typename Lanes<N>::F value) {
     if constexpr (kType == DType::kBFloat16 && N == 16) {
       // As below, but for subnormals, which become zero.
       const auto rounded = _mm512_cvtneps_pbh(value);
+      __builtin_memcpy(to, &rounded, sizeof rounded);
+      return;
+    }
+#endif
+#ifdef __AVX512F__
+    if constexpr (kType == DType::kFloat16 && N == 16) {
+      const __m256i rounded = _mm512_cvtps_ph(
+          Bits<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      __builtin_memcpy(to, &rounded, sizeof rounded);
+      return;
+    }
+#endif
+#ifdef __F16C__
+    if constexpr (kType == DType::kFloat16 && N == 8) {
+      const __m128i rounded =
+          _mm256_cvtps_ph(Bits<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
       __builtin_memcpy(to, &rounded, sizeof rounded);
       return;
     }

@@ -232,6 +232,7 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
     const auto none = [](int, const float2&, const float2&) {};
     const Gates gates = MakeGates<true>(p, WidenHead<T::K, true>(p, head, none));
     if (thread.lane == 0) shared_gates = gates;
+    __syncwarp();  // A warp arrives as one.
     return Arrive<T::kThreads>();
   }
   OwnEntries<T> entries;

@@ -8,8 +8,8 @@ from typing import Any
 README_BEGIN = "<!-- bench -->"
 README_END = "<!-- /bench -->"
 COLUMNS = (
-    *("heads", "B", "T", "state", "time, us", "quartiles", "GB/s", "of the limit"),
-    *("XLA form, us", "times faster"),
+    *("heads", "B", "T", "state", "time, us", "quartiles", "GB/s"),
+    *("limit, us", "of the limit", "XLA form, us", "times faster"),
 )
 
 Result = dict[str, Any]
@@ -41,6 +41,7 @@ def cells(result: Result) -> list[str]:
         f"{native['median_us']:,.1f}",
         f"{low:,.1f} to {high:,.1f}",
         f"{result['GB/s']:,.1f}",
+        f"{result['timings']['limit']['median_us']:,.1f}",
         f"{result['of_limit']:.0%}",
         f"{xla['median_us']:,.1f} ({donated})",
         f"{result['times_faster']:.1f}",
@@ -79,8 +80,8 @@ def print_table(report: dict[str, Any], console: Any) -> None:
     for result in report["results"]:
         if stepped := result["timings"].get("native, stepped from Python"):
             console.print(
-                f"B {result['B']}: stepped from Python under command buffers "
-                f"{stepped['median_us']:,.1f} us"
+                f"{result['family']}, B {result['B']}: stepped from Python under "
+                f"command buffers {stepped['median_us']:,.1f} us"
             )
     for line in overhead_text(report["overhead"]):
         console.print(line, highlight=False)
@@ -105,8 +106,22 @@ def write_readme(report: dict[str, Any], path: Path) -> None:
     )
 
 
+def check_files(json_file: Path | None, plot: Path | None, readme: Path | None) -> None:
+    """Raises `ValueError` for a file that could not be written when all is timed."""
+    named = {"--json": json_file, "--plot": plot, "--readme": readme}
+    for option, path in named.items():
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"jax-gdn bench: {option}: cannot write a file {path}")
+    if plot and plot.suffix != ".png":
+        raise ValueError(f"jax-gdn bench: --plot: must end in .png, got {plot}")
+    if readme:
+        check_readme(readme)
+
+
 def check_readme(path: Path) -> None:
     """Raises `ValueError` unless there is one pair of markers, in order."""
+    if not path.exists():
+        raise ValueError(f"jax-gdn bench: --readme: there is no file {path}")
     text = path.read_text(encoding="utf-8")
     found = [text.count(marker) for marker in (README_BEGIN, README_END)]
     if found != [1, 1] or text.index(README_BEGIN) > text.index(README_END):
@@ -117,40 +132,47 @@ def check_readme(path: Path) -> None:
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
-    """Draws time, and percent of the limit, against the batch size."""
+    """Draws time, and percent of the limit, against the batch size; a row each T."""
     from matplotlib.figure import Figure
 
-    families: dict[str, list[Result]] = {}
-    for result in report["results"]:
-        families.setdefault(result["family"], []).append(result)
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    times, shares = figure.subplots(1, 2)
-    for i, (family, results) in enumerate(families.items()):
-        color, batches = f"C{i}", [result["B"] for result in results]
+    lengths = sorted({result["T"] for result in report["results"]})
+    figure = Figure(figsize=(11, 2 + 4.5 * len(lengths)), layout="constrained")
+    rows = figure.subplots(len(lengths), 2, squeeze=False)
+    for (times, shares), T in zip(rows, lengths, strict=True):
+        _draw(times, shares, [r for r in report["results"] if r["T"] == T])
+        tokens = "1 token" if T == 1 else f"{T} tokens"
+        times.set(title=f"time of a call, us; {tokens}", yscale="log")
+        shares.set(title=f"percent of the limit; {tokens}")
+    figure.suptitle(headline(report))
+    figure.savefig(path, dpi=150)
 
-        def medians(name: str, results: list[Result] = results) -> list[float]:
+
+def _draw(times: Any, shares: Any, results: list[Result]) -> None:
+    families: dict[str, list[Result]] = {}
+    for result in results:
+        families.setdefault(result["family"], []).append(result)
+    for i, (family, members) in enumerate(families.items()):
+        color, batches = f"C{i}", [result["B"] for result in members]
+
+        def medians(name: str, members: list[Result] = members) -> list[float]:
             return [
                 r["timings"][r["xla"] if name == "xla" else name]["median_us"]
-                for r in results
+                for r in members
             ]
 
         times.plot(batches, medians("native"), "o-", color=color, label=family)
         times.plot(batches, medians("xla"), "s--", color=color, alpha=0.6)
         times.plot(batches, medians("limit"), ":", color=color)
-        share = [100 * result["of_limit"] for result in results]
+        share = [100 * result["of_limit"] for result in members]
         shares.plot(batches, share, "o-", color=color)
     times.plot([], [], "s--", color="gray", label="XLA form, the better one")
     times.plot([], [], ":", color="gray", label="in-place pass, the limit")
-    times.set(title="time of a call, us", yscale="log")
+    times.legend(fontsize="small")
     shares.axhline(100, color="gray", linestyle=":")
-    shares.set(title="percent of the limit")
     shares.set_ylim(bottom=0)
-    ticks = sorted({result["B"] for result in report["results"]})
+    ticks = sorted({result["B"] for result in results})
     for axes in (times, shares):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel("sequences, B")
         axes.grid(alpha=0.3)
-    figure.suptitle(headline(report))
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)

@@ -67,14 +67,15 @@ def _seconds(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     # What can fail fails before minutes of timing, not after.
     _bench_report.require("rich", *(["matplotlib"] if arguments.plot else []))
-    if arguments.readme:
-        _bench_report.check_readme(arguments.readme)
+    _bench_report.check_files(arguments.json, arguments.plot, arguments.readme)
     from rich.console import Console
     from rich.progress import Progress
 
     configs, skipped = _fitting(
         _configs(arguments), arguments.warm, _bench_machine.free_bytes()
     )
+    if not configs:
+        raise ValueError("jax-gdn bench: nothing to time; " + "; ".join(skipped))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=(len(configs) + 1) * ROUNDS)
 
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": arguments.seconds,
         "machine": _bench_machine.machine(),
         "cache": _cache(arguments.warm),
         "overhead": overhead,

@@ -129,19 +129,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser("demo", help="run and time a decode loop on this device")
-    demo.add_argument("--batch", type=_positive, default=32, help="sequences (32)")
+    demo.add_argument("--batch", type=positive, default=32, help="sequences (32)")
     demo.set_defaults(run=_demo)
     info = commands.add_parser("info", help="versions, devices, and what runs on them")
     info.set_defaults(run=_info)
     bench = commands.add_parser("bench", help="time decode against XLA and the limit")
-    _bench_run.add_options(bench, _positive)
+    _bench_run.add_options(bench, positive)
     bench.set_defaults(run=_benchmark)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
+def positive(text: str) -> int:
+    """Reads a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least 1, got {text}"
+        )
     return value

@@ -138,6 +138,28 @@ def test_readme_without_markers_is_refused_before_timing(tmp_path):
         main([*TINY, "--readme", str(readme)])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--json", "nowhere/b.json"],
+        ["--json", "."],
+        ["--readme", "nowhere.md"],
+        ["--plot", "picture.jpg"],
+    ],
+    ids=" ".join,
+)
+def test_files_that_cannot_be_written_are_refused_before_timing(option, monkeypatch):
+    monkeypatch.setattr(_bench, "measure", None)
+    with pytest.raises(SystemExit, match=rf"jax-gdn bench: {option[0]}: "):
+        main([*TINY, *option])
+
+
+def test_nothing_that_fits_is_no_report(monkeypatch):
+    monkeypatch.setattr(_bench_run._bench_machine, "free_bytes", lambda: 1)
+    with pytest.raises(SystemExit, match=r"nothing to time; 2/8 heads.*skipped: needs"):
+        main(TINY)
+
+
 def test_memory_decides_what_is_timed():
     small, large = _bench.Config(B=1), _bench.Config(B=512)
     fitting, skipped = _bench_run._fitting([small, large], True, small.state_bytes * 99)
