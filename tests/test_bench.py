@@ -11,7 +11,7 @@ import oracle
 import pytest
 from cases import Case
 
-from jax_gdn import _bench, _bench_run
+from jax_gdn import _bench, _bench_machine, _bench_run
 from jax_gdn.cli import main
 
 TINY = ["bench", "--batch", "1", "2", "--shape", "2/8", "--tokens", "2"]
@@ -155,7 +155,7 @@ def test_files_that_cannot_be_written_are_refused_before_timing(option, monkeypa
 
 
 def test_nothing_that_fits_is_no_report(monkeypatch):
-    monkeypatch.setattr(_bench_run._bench_machine, "free_bytes", lambda: 1)
+    monkeypatch.setattr(_bench_machine, "free_bytes", lambda: 1)
     with pytest.raises(SystemExit, match=r"nothing to time; 2/8 heads.*skipped: needs"):
         main(TINY)
 
