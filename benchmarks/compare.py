@@ -35,7 +35,7 @@ import peers_cpu
 import peers_cuda
 from oracle import decode64
 
-ON_GPU = jax.devices()[0].platform == "gpu"
+ON_GPU = _bench.on_gpu()
 # Where the peers come from.
 PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "triton")
 PACKAGES += ("flashinfer-python", "nvidia-cutlass-dsl", "fla-core", "lalamo")
@@ -60,7 +60,8 @@ class Own:
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         step = _bench.decode_step(implementation, layout)
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
-        self._chain = chain_of(step, states, rests)
+        in_a_row = 1 if implementation == "xla" else None  # see `_bench_run`
+        self._chain = chain_of(step, states, rests, in_a_row)
         self.calls = self._chain.calls
         self.run, self.wait = self._chain.run, self._chain.wait
 
@@ -82,10 +83,17 @@ def tiled(x: jax.Array, repeats: int) -> jax.Array:
     return x if repeats == 1 else jnp.tile(x, (repeats, *[1] * (x.ndim - 1)))
 
 
-def chain_of(step: _bench.Step, states: list[Any], rests: list[Any]) -> Any:
+def chain_of(
+    step: _bench.Step,
+    states: list[Any],
+    rests: list[Any],
+    in_a_row: int | None = None,
+) -> Any:
     if ON_GPU:
         options = _bench.COMMAND_BUFFERS
-        return _bench.DeviceChain(step, states, rests, compiler_options=options)
+        return _bench.DeviceChain(
+            step, states, rests, compiler_options=options, in_a_row=in_a_row
+        )
     return _bench.SteppedChain(step, states[:1], rests[:1])
 
 

@@ -2,7 +2,7 @@
 # What a machine with a Hopper GPU is asked, part by part; JSON and logs go to a folder.
 # -P, because the source tree has no native modules.
 #
-#     benchmarks/gpu.sh OUT build test sanitize counters bench compare layers accuracy
+#     benchmarks/gpu.sh OUT build test sanitize counters replay bench compare layers accuracy
 #
 # Uses the Python, jax and nvcc that are there (and pytest-xdist for `test`); needs no
 # network. `compare` takes the peers that Python can import.
@@ -23,15 +23,18 @@ tests() {
     python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -n 12 "$@"
 }
 
-sanitize() {  # every tool over native calls of every form, at once; some 3 minutes
+# Every tool over native calls of every form, at once. In XLA's own pool an access beyond
+# a buffer, or of what nobody wrote, would go unnoticed: so every buffer is cudaMalloc's.
+sanitize() {
   local tool forms="native and (reads or per_channel or default)"
-  for tool in memcheck racecheck initcheck synccheck; do
-    JAX_GDN_REQUIRE_GPU=1 timeout 570 compute-sanitizer --tool "$tool" \
+  for tool in "memcheck --padding 4096" racecheck initcheck synccheck; do
+    JAX_GDN_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform \
+      timeout 300 compute-sanitizer --tool $tool \
       --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
       python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -k "$forms" \
-      tests/test_decode.py > "$out/sanitize-$tool.log" 2>&1 &
+      tests/test_decode.py > "$out/sanitize-${tool%% *}.log" 2>&1 &
   done
-  for tool in memcheck racecheck initcheck synccheck; do
+  for tool in 1 2 3 4; do
     wait -n
     echo "sanitize: a tool ended with $?"
   done
@@ -45,6 +48,10 @@ for part in "$@"; do
     test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
     sanitize) sanitize ;;
     counters) python3 benchmarks/counters.py --json "$out/counters.json" ;;
+    replay)
+      python3 -P benchmarks/replay.py --state-dtype float32 bfloat16 --tokens 1 4 \
+        --json "$out/replay.json"
+      ;;
     bench)
       python3 -P -m jax_gdn bench --full --layout KV VK --state-dtype float32 bfloat16 \
         --seconds 2 --json "$out/bench.json" --plot "$out/bench.png"

@@ -25,7 +25,7 @@ from jax import lax
 
 from jax_gdn import _bench, _bench_machine, decode
 
-ON_GPU = jax.devices()[0].platform == "gpu"
+ON_GPU = _bench.on_gpu()
 STEPS = 20  # of the loop on the device
 
 

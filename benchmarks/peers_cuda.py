@@ -224,7 +224,9 @@ class Lalamo:
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
         chain = _bench.DeviceChain(
-            step, states, rests, compiler_options=_bench.COMMAND_BUFFERS
+            *(step, states, rests),
+            compiler_options=_bench.COMMAND_BUFFERS,
+            in_a_row=1,
         )
         self.run, self.wait, self.calls = chain.run, chain.wait, chain.calls
 

@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "cpu_mhz": _cpu_mhz(),
-        "gpu": _nvidia_smi() if device.platform == "gpu" else None,
+        "gpu": nvidia_smi() if device.platform == "gpu" else None,
         "platform_version": device.client.platform_version.splitlines(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -93,7 +93,7 @@ def _cpu_mhz() -> list[float]:
     return [float(x) for x in re.findall(r"cpu MHz\s*: (\S+)", _read("/proc/cpuinfo"))]
 
 
-def _nvidia_smi() -> dict[str, str] | None:
+def nvidia_smi() -> dict[str, str] | None:
     fields = ["name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm"]
     fields += ["clocks.max.mem", "power.limit", "temperature.gpu"]
     line = _output(

@@ -140,20 +140,18 @@ def _fitting(
     return fitting, skipped
 
 
-def _on_gpu() -> bool:
-    return jax.devices()[0].platform == "gpu"
-
-
 def _cache(warm: bool) -> str:
-    if not _on_gpu():
+    if not _bench.on_gpu():
         return "one state, whatever of it the caches hold"
     return "one state, warm L2" if warm else "states larger than L2, in turn"
 
 
 def sets(config: Config, warm: bool) -> int:
     """How many states take turns, so that each has left the cache when it is next."""
-    if warm or not _on_gpu():
-        return 1
+    return 1 if warm or not _bench.on_gpu() else cold_sets(config)
+
+
+def cold_sets(config: Config) -> int:
     return max(2, math.ceil(COLD_BYTES / config.state_bytes))
 
 
@@ -162,7 +160,7 @@ def _chains(config: Config, inputs: list[_bench.Inputs]) -> dict[str, Any]:
     rests = [rest for _, rest in pairs]
     native = _bench.decode_step("native", config.layout)
     xla = _bench.decode_step("xla", config.layout)
-    if not _on_gpu():
+    if not _bench.on_gpu():
         states = [pairs[0][0]]
         return {
             "native": SteppedChain(native, states, rests),
@@ -179,7 +177,8 @@ def _chains(config: Config, inputs: list[_bench.Inputs]) -> dict[str, Any]:
         "native, stepped from Python": SteppedChain(
             native, states, rests, compiler_options=_bench.COMMAND_BUFFERS
         ),
-        "XLA donated": DeviceChain(xla, states, rests),
+        # One round: XLA takes minutes to compile its own form many times over.
+        "XLA donated": DeviceChain(xla, states, rests, in_a_row=1),
         "XLA not donated": DeviceChain(xla, states, rests, donate=False),
         "limit": best_pass(states),
     }
@@ -210,7 +209,7 @@ def measure_config(
     """Returns one entry of `results`; raises if an output is wrong."""
     held = sets(config, warm)
     # A set has its own inputs; one state alone gets new ones every call.
-    seeds = range(held if _on_gpu() else 4)
+    seeds = range(held if _bench.on_gpu() else 4)
     inputs = [_bench.model_inputs(config, seed) for seed in seeds]
     state, rest = _bench.split_state(inputs[0])
     for name, implementation in (("native", "native"), ("XLA form", "xla")):

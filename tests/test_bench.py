@@ -81,10 +81,23 @@ def test_statistics():
         seconds=10,
         rounds=5,
         clock=lambda: slow.now + fast.now,
+        queued=False,
     )
     assert timings["slow"] == _bench.Timing(1.5, 1.0, 2.0, rounds=5, calls=2)
     assert timings["fast"].median == pytest.approx(0.1)
     assert timings["fast"].calls == 10
+
+
+def test_what_does_not_grow_with_the_steps_is_no_part_of_a_queued_step():
+    class Queued(FakeChain):
+        def wait(self):
+            self.now += 1.0
+
+    chain = Queued([0.5], calls=4)
+    timings = _bench.measure(
+        {"chain": chain}, seconds=60, rounds=5, clock=lambda: chain.now, queued=True
+    )
+    assert timings["chain"].median == pytest.approx(0.125)
 
 
 @pytest.mark.parametrize("layout", ["KV", "VK"])
