@@ -20,19 +20,19 @@ build() {  # for this GPU's machine code, and PTX, which the tests read
 # another plugin; they are no GPU tests.
 tests() {
   JAX_GDN_REQUIRE_GPU=1 JAX_GDN_REQUIRE_PTX=1 \
-    python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -n 12 "$@"
+    python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal "$@"
 }
 
 # Every tool over native calls of every form, at once. In XLA's own pool an access beyond
 # a buffer, or of what nobody wrote, would go unnoticed: so every buffer is cudaMalloc's.
 sanitize() {
-  local tool forms="native and (reads or per_channel or default)"
+  local tool
   for tool in "memcheck --padding 4096" racecheck initcheck synccheck; do
     JAX_GDN_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform \
       timeout 300 compute-sanitizer --tool $tool \
       --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
-      python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -k "$forms" \
-      tests/test_decode.py > "$out/sanitize-${tool%% *}.log" 2>&1 &
+      python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -k native \
+      tests/test_decode.py tests/test_pools.py tests/test_promises.py > "$out/sanitize-${tool%% *}.log" 2>&1 &
   done
   for tool in 1 2 3 4; do
     wait -n
@@ -53,12 +53,13 @@ for part in "$@"; do
         --json "$out/replay.json"
       ;;
     bench)
-      python3 -P -m jax_gdn bench --full --layout KV VK --state-dtype float32 bfloat16 \
-        --seconds 2 --json "$out/bench.json" --plot "$out/bench.png"
+      python3 -P -m jax_gdn bench --full --json "$out/bench.json" --plot "$out/bench.png"
+      python3 -P -m jax_gdn bench --warm --batch 1 8 --json "$out/bench-warm.json"
       ;;
     compare)
       python3 benchmarks/compare.py --defects --json "$out/defects.json"
       python3 benchmarks/compare.py --batch 1 8 32 64 256 512 --json "$out/compare.json"
+      python3 benchmarks/compare.py --batch 1 8 --warm --json "$out/compare-warm.json"
       ;;
     layers) python3 benchmarks/layers.py --json "$out/layers.json" ;;
     accuracy) python3 benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;

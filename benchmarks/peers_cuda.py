@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_gdn import _bench
+from jax_gdn import _bench, _bench_run
 
 Arrays = dict[str, np.ndarray]
 
@@ -219,7 +219,8 @@ class Lalamo:
             return jnp.tile(jnp.asarray(x), (repeated, *[1] * (x.ndim - 1)))
 
         pairs = [
-            _bench.split_state({n: array(n, y) for n, y in x.items()}) for x in inputs
+            _bench.split_state({n: array(n, y) for n, y in x.items()})
+            for x in inputs[: _bench_run.XLA_STATES]
         ]
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ COMMAND_BUFFERS: dict[str, Any] = {
 
 
 CALLS_IN_A_ROW = 32
-BYTES_A_PROGRAM = 40 * 10**9
+BYTES_A_PROGRAM = 10**10
+QUEUED_ROUND = 0.03  # seconds: what it starts and ends with differs by some 0.1 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +212,12 @@ class DeviceChain(OwnChain):
 
     def _program(self, step: Step, donate: bool) -> Callable:
         sets = len(self._states)
-        # Enough calls for one start of a command buffer not to count.
-        rounds = -(-self._in_a_row // sets) if donate else 1
         a_round = 2 * sum(x.nbytes for x in self._states)
-        trips = -(-BYTES_A_PROGRAM // (rounds * a_round)) if donate else 1
+        rounds = trips = 1
+        if donate:
+            # Enough calls for one start of a command buffer not to count.
+            rounds = math.ceil(min(self._in_a_row / sets, BYTES_A_PROGRAM / a_round))
+            trips = math.ceil(BYTES_A_PROGRAM / (rounds * a_round))
         self.calls = trips * rounds * sets
 
         def linked(rest: Inputs, out: Any, before: Array) -> Inputs:
@@ -276,6 +280,7 @@ def measure(
     with few steps and with many, and what counts is the difference.
     """
     queued = on_gpu() if queued is None else queued
+    a_round = max(seconds / rounds / len(chains), QUEUED_ROUND if queued else 0)
 
     def timed(chain: Chain, steps: int) -> float:
         start = clock()
@@ -287,7 +292,7 @@ def measure(
     for name, chain in chains.items():
         timed(chain, 1)
         once = max(timed(chain, 1), 1e-6)
-        steps[name] = max(1, int(seconds / rounds / len(chains) / once))
+        steps[name] = max(1, int(a_round / once))
     samples: dict[str, list[float]] = {name: [] for name in chains}
     for _ in range(rounds):
         for name, chain in chains.items():

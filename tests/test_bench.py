@@ -184,8 +184,8 @@ def test_memory_decides_what_is_timed():
 def test_device_chain_links_its_calls(donate, monkeypatch):
     """What a GPU times, one program over several states, is a loop over them."""
     monkeypatch.setattr(_bench, "CALLS_IN_A_ROW", 4)
-    monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
     config = _bench.Config(B=1, H=1, HV=2, K=64, V=16)
+    monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 4 * 2 * config.state_bytes)
     pairs = [_bench.split_state(_bench.model_inputs(config, seed)) for seed in (0, 1)]
     states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
     step = _bench.decode_step("native")
@@ -228,9 +228,8 @@ def test_compare_times_what_is_right_and_names_the_rest(script, monkeypatch):
 
     monkeypatch.setattr(script, "ON_GPU", False)
     monkeypatch.setattr(script.peers_cpu, "PEERS", {"wrong": Wrong, "missing": missing})
-    rows = {
-        row["peer"]: row for row in script.compare(1, 0.02, warm=False, skip=["XLA"])
-    }
+    table = script.compare(1, 0.02, warm=False, skip=["XLA"], errors={})
+    rows = {row["peer"]: row for row in table}
     timed = {name for name, row in rows.items() if "median" in row}
     native = {"jax_gdn native", "jax_gdn native, V-major"}
     assert timed == native | {"in-place pass, float32"}
