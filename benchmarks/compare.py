@@ -154,7 +154,8 @@ def compare(
     B: int, seconds: float, warm: bool, skip: list[str], errors: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Returns a row a peer; `errors` keeps what was checked for the next B."""
-    sets = _bench_run.sets(_bench.Config(B=B), warm)
+    smallest = "bfloat16" if ON_GPU else "float32"
+    sets = _bench_run.sets(_bench.Config(B=B, state_dtype=smallest), warm)
     rows = ROWS if ON_GPU and B % ROWS == 0 else B
     inputs = [numpy_inputs(rows, seed) for seed in range(sets)]
     small, repeats = numpy_inputs(3), B // rows

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # What a machine with a Hopper GPU is asked, part by part; JSON and logs go to a folder.
-# -P, because the source tree has no native modules.
 #
-#     benchmarks/gpu.sh OUT build test sanitize counters replay bench compare layers accuracy
+#     benchmarks/gpu.sh OUT PART ...
 #
-# Uses the Python, jax and nvcc that are there (and pytest-xdist for `test`); needs no
-# network. `compare` takes the peers that Python can import.
+# PART: build test sanitize counters replay bench compare layers accuracy. Ends with 1
+# if one of them failed. Uses the Python, jax and nvcc that are there, pytest-xdist for
+# `test`, compute-sanitizer, ncu and cuobjdump; needs no network. `compare` takes the peers
+# that Python can import.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=$1
+mkdir -p "$1"
+out=$(realpath "$1")
 shift
+cd "$(dirname "$0")/.."
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
+
+# -P, because the source tree has no native modules.
+python() { python3 -P "$@"; }
 
 build() {  # for this GPU's machine code, and PTX, which the tests read
   python3 -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
@@ -20,50 +25,66 @@ build() {  # for this GPU's machine code, and PTX, which the tests read
 # another plugin; they are no GPU tests.
 tests() {
   JAX_GDN_REQUIRE_GPU=1 JAX_GDN_REQUIRE_PTX=1 \
-    python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal "$@"
+    python -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal "$@"
 }
 
 # Every tool over native calls of every form, at once. In XLA's own pool an access beyond
 # a buffer, or of what nobody wrote, would go unnoticed: so every buffer is cudaMalloc's.
 sanitize() {
-  local tool
-  for tool in "memcheck --padding 4096" racecheck initcheck synccheck; do
+  local tool failed=0
+  local -A running
+  for tool in memcheck racecheck initcheck synccheck; do
+    local options=()
+    [ "$tool" = memcheck ] && options=(--padding 4096)
     JAX_GDN_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform \
-      timeout 300 compute-sanitizer --tool $tool \
+      compute-sanitizer --tool "$tool" "${options[@]}" \
       --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
-      python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark -k native \
-      tests/test_decode.py tests/test_pools.py tests/test_promises.py > "$out/sanitize-${tool%% *}.log" 2>&1 &
+      python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark \
+      -k "native and not on_the_host" tests/test_decode.py tests/test_pools.py \
+      > "$out/sanitize-$tool.log" 2>&1 &
+    running[$tool]=$!
   done
-  for tool in 1 2 3 4; do
-    wait -n
-    echo "sanitize: a tool ended with $?"
+  for tool in "${!running[@]}"; do
+    wait "${running[$tool]}" || { echo "$tool ended with $?" && failed=1; }
+    grep -H "SUMMARY\|passed\|failed" "$out/sanitize-$tool.log"
   done
-  grep -H "ERROR SUMMARY\|RACECHECK SUMMARY\|passed\|failed" "$out"/sanitize-*.log
+  return $failed
 }
 
+bench() {
+  python -m jax_gdn bench --full --json "$out/bench.json" --plot "$out/bench.png" &&
+    python -m jax_gdn bench --warm --batch 1 8 --json "$out/bench-warm.json"
+}
+
+compare() {
+  local script=benchmarks/compare.py
+  python $script --defects --json "$out/defects.json" &&
+    python $script --batch 1 8 32 64 256 512 --json "$out/compare.json" &&
+    python $script --batch 1 8 --warm --json "$out/compare-warm.json"
+}
+
+replay() {
+  python benchmarks/replay.py --state-dtype float32 bfloat16 --tokens 1 4 \
+    --json "$out/replay.json"
+}
+
+run() {
+  case $1 in
+    test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
+    counters) python benchmarks/counters.py --json "$out/counters.json" ;;
+    layers) python benchmarks/layers.py --json "$out/layers.json" ;;
+    accuracy) python benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;
+    build | sanitize | replay | bench | compare) "$1" ;;
+    *) echo "gpu.sh: no part $1" && return 2 ;;
+  esac
+}
+
+status=0
 for part in "$@"; do
   echo "== $part (${SECONDS}s)"
-  case $part in
-    build) build ;;
-    test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
-    sanitize) sanitize ;;
-    counters) python3 benchmarks/counters.py --json "$out/counters.json" ;;
-    replay)
-      python3 -P benchmarks/replay.py --state-dtype float32 bfloat16 --tokens 1 4 \
-        --json "$out/replay.json"
-      ;;
-    bench)
-      python3 -P -m jax_gdn bench --full --json "$out/bench.json" --plot "$out/bench.png"
-      python3 -P -m jax_gdn bench --warm --batch 1 8 --json "$out/bench-warm.json"
-      ;;
-    compare)
-      python3 benchmarks/compare.py --defects --json "$out/defects.json"
-      python3 benchmarks/compare.py --batch 1 8 32 64 256 512 --json "$out/compare.json"
-      python3 benchmarks/compare.py --batch 1 8 --warm --json "$out/compare-warm.json"
-      ;;
-    layers) python3 benchmarks/layers.py --json "$out/layers.json" ;;
-    accuracy) python3 benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;
-    *) echo "gpu.sh: no part $part" && exit 2 ;;
-  esac
-  echo "== $part ended with $? (${SECONDS}s)"
+  run "$part"
+  ended=$?
+  [ $ended = 0 ] || status=1
+  echo "== $part ended with $ended (${SECONDS}s)"
 done
+exit $status

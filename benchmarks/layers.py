@@ -171,7 +171,7 @@ def main() -> None:
             print(f"B {B}, {layers} layers, us a layer:")
             for name, row in result["rows"].items():
                 stayed = {True: "states stayed", False: "states MOVED", None: ""}
-                share = f"host's share {max(0, row['host_share']):4.0%}"
+                share = f"host's share {row['host_share']:4.0%}"
                 where = stayed[row["buffers_stayed"]]
                 print(f"  {name:28} {row['us_a_layer']:9.2f}  {share}  {where}")
     if arguments.json:

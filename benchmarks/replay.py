@@ -4,13 +4,15 @@
                                 [--tokens T ...] [--seconds S] [--json FILE]
 
 Neither XLA nor Python is in the time: a graph holds calls over states that together
-leave the L2 cache, planned as `decode` plans them, of the machine code that ships. All
-take turns in one run with in-place passes over the same states, the best of which is
-the limit. Results are checked against float64 first. Needs a GPU and cuobjdump.
+leave the L2 cache, each with operands of its own, planned as `decode` plans them, of
+the machine code that ships. All take turns in one run with in-place passes over the
+same states, the best of which is the limit. The last rows of a first call are checked
+against float64. Needs a GPU and cuobjdump.
 """
 
 import argparse
 import ctypes
+import dataclasses
 import functools as ft
 import json
 import math
@@ -82,6 +84,8 @@ class Buffer:
                 data.ctypes.data_as(ctypes.c_void_p),
                 ctypes.c_size_t(array.nbytes),
             )
+        # Else the copy may still be under way, and other streams do not wait for it.
+        cuda.CtxSynchronize()
 
     def last(self, rows: int) -> np.ndarray:
         result = np.empty((rows, *self.row), self.dtype)
@@ -103,6 +107,8 @@ class Functions:
     def __init__(self, cuda: Cuda):
         self._cuda = cuda
         self._modules = []
+        if find_cuobjdump() is None:
+            raise FileNotFoundError("no cuobjdump: pip install nvidia-cuda-cuobjdump")
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
                 [str(find_cuobjdump()), "-xelf", "all", _cuda.__file__],
@@ -130,7 +136,22 @@ class Functions:
         return found
 
 
-Launch = tuple[ctypes.c_void_p, tuple[int, ...], int, list[Any]]
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    function: ctypes.c_void_p
+    grid: tuple[int, int, int]
+    threads: int
+    arguments: list[Any]  # ctypes values
+    shared_bytes: int = 0
+
+    def enqueue(self, cuda: Cuda) -> None:
+        pointers = (ctypes.c_void_p * len(self.arguments))(
+            *(ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in self.arguments)
+        )
+        cuda.LaunchKernel(
+            *(self.function, *self.grid, self.threads, 1, 1),
+            *(self.shared_bytes, cuda.stream, pointers, None),
+        )
 
 
 class Graph:
@@ -140,8 +161,8 @@ class Graph:
         self._cuda, self.calls = cuda, len(launches)
         graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
         cuda.StreamBeginCapture_v2(cuda.stream, 2)  # relaxed
-        for one in launches:
-            launch(cuda, one)
+        for launch in launches:
+            launch.enqueue(cuda)
         cuda.StreamEndCapture(cuda.stream, ctypes.byref(graph))
         cuda.GraphInstantiateWithFlags(
             ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
@@ -155,13 +176,8 @@ class Graph:
     def wait(self) -> None:
         self._cuda.StreamSynchronize(self._cuda.stream)
 
-
-def launch(cuda: Cuda, one: Launch) -> None:
-    function, grid, threads, values = one
-    arguments = (ctypes.c_void_p * len(values))(
-        *(ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in values)
-    )
-    cuda.LaunchKernel(function, *grid, threads, 1, 1, 0, cuda.stream, arguments, None)
+    def free(self) -> None:
+        self._cuda.GraphExecDestroy(self._executable)
 
 
 class Replay:
@@ -192,35 +208,45 @@ class Replay:
     def decode(self, layout: str, T: int) -> tuple[str, Graph]:
         """Returns the kernel's symbol, and the graph; raises if a result is wrong."""
         inputs = self._inputs(layout, T)
+        fresh = self._buffer(inputs["state"])
+        symbol, first, out = self._planned(inputs, fresh, layout)
+        first.enqueue(self._cuda)
+        self._cuda.StreamSynchronize(self._cuda.stream)
+        results = out.last(self._rows), fresh.last(self._rows)
+        _bench.verify(symbol, inputs, *results, layout)
+        launches = [self._planned(inputs, state, layout)[1] for state in self._states]
+        return symbol, Graph(self._cuda, launches * self._rounds)
+
+    def _planned(
+        self, inputs: dict[str, np.ndarray], state: Buffer, layout: str
+    ) -> tuple[str, Launch, Buffer]:
+        """Returns a call over a state: the kernel's symbol, the launch, and `out`."""
         whole = ("A_log", "dt_bias")
         operands = {
             name: self._buffer(x, 1 if name in whole else None)
             for name, x in inputs.items()
             if name != "state"
         }
-        operands["out"] = self._buffer(np.zeros_like(inputs["v"]))
-
-        def planned(state: Buffer) -> tuple[str, Launch]:
-            described = {
-                name: (x.address, x.dtype.name, list(x.shape))
-                for name, x in (operands | {"state": state}).items()
-            }
-            plan = plan_decode(described, scale=128**-0.5, state_layout=layout)
-            block = ctypes.create_string_buffer(plan["arguments"])
-            function = self._functions[plan["symbol"]]
-            return plan["symbol"], (function, plan["grid"], plan["block"][0], [block])
-
-        fresh = self._buffer(inputs["state"])
-        symbol, first = planned(fresh)
-        launch(self._cuda, first)
-        self._cuda.StreamSynchronize(self._cuda.stream)
-        results = operands["out"].last(self._rows), fresh.last(self._rows)
-        _bench.verify(symbol, inputs, *results, layout)
-        launches = [planned(state)[1] for state in self._states] * self._rounds
-        return symbol, Graph(self._cuda, launches)
+        operands |= {"state": state, "out": self._buffer(np.zeros_like(inputs["v"]))}
+        described = {
+            name: (x.address, x.dtype.name, list(x.shape))
+            for name, x in operands.items()
+        }
+        plan = plan_decode(described, scale=128**-0.5, state_layout=layout)
+        launch = Launch(
+            self._functions[plan["symbol"]],
+            plan["grid"],
+            plan["block"][0],
+            [ctypes.create_string_buffer(plan["arguments"])],
+            plan["shared_bytes"],
+        )
+        return plan["symbol"], launch, operands["out"]
 
     def passes(self) -> dict[str, Graph]:
-        """Returns the in-place passes of cuda/pass.cu by what their symbols say."""
+        """Returns the in-place passes of cuda/pass.cu by what their symbols say.
+
+        Threads, accesses of each, and which of them leave the caches early.
+        """
         graphs = {}
         for symbol, function in self._functions.items():
             if not (found := re.search(r"FlipSignsILi(\d+)ELi(\d+)E(.*)E", symbol)):
@@ -230,10 +256,12 @@ class Replay:
             two = self._states[0].dtype.itemsize == 2
             signs = ctypes.c_uint32(0x80008000 if two else 0x80000000)
             launches = [
-                (function, grid, threads, [ctypes.c_uint64(state.address), signs])
-                for state in self._states
+                Launch(function, grid, threads, [ctypes.c_uint64(x.address), signs])
+                for x in self._states
             ]
-            name = f"pass {threads} x {each} {found[3]}"
+            streaming = [bool(int(flag)) for flag in re.findall(r"Lb(\d)E", found[3])]
+            hints = [n for n, on in zip(("in", "out"), streaming, strict=True) if on]
+            name = f"pass {threads} x {each}, streaming {' and '.join(hints) or 'none'}"
             graphs[name] = Graph(self._cuda, launches * self._rounds)
         return graphs
 
@@ -252,7 +280,10 @@ def measure(
         for T in options.tokens:
             name = f"{layout} T={T}"
             kernels[name], graphs[name] = replay.decode(layout, T)
-    timings = _bench.measure(graphs | replay.passes(), options.seconds, queued=True)
+    graphs |= replay.passes()
+    timings = _bench.measure(graphs, options.seconds, queued=True)
+    for graph in graphs.values():
+        graph.free()
     replay.free()
     limit = min(t.median for name, t in timings.items() if name not in kernels)
     return {
@@ -278,7 +309,7 @@ def main() -> None:
     add("--layout", choices=("KV", "VK"), default=["KV", "VK"])
     add("--state-dtype", choices=("float32", "bfloat16"), default=["float32"])
     add("--tokens", type=positive, default=[1])
-    parser.add_argument("--seconds", type=float, default=3.0, help="a batch size")
+    parser.add_argument("--seconds", type=float, default=5.0, help="a batch size")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cuda = Cuda()
@@ -291,7 +322,7 @@ def main() -> None:
             for name, row in result["rows"].items():
                 low, high = row["quartiles_us"]
                 print(
-                    f"  {name:28} {row['median_us']:8.2f} ({low:.2f} to {high:.2f}) "
+                    f"  {name:36} {row['median_us']:8.2f} ({low:.2f} to {high:.2f}) "
                     f"{row['of_limit']:6.1%} {row['kernel'] or ''}",
                     flush=True,
                 )

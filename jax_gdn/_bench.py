@@ -29,7 +29,7 @@ COMMAND_BUFFERS: dict[str, Any] = {
 
 CALLS_IN_A_ROW = 32
 BYTES_A_PROGRAM = 10**10
-QUEUED_ROUND = 0.03  # seconds: what it starts and ends with differs by some 0.1 ms
+QUEUED_ROUND = 0.03  # seconds: starts and ends differ by 0.1 to 0.5 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,14 +270,14 @@ def measure(
 ) -> dict[str, Timing]:
     """Times chains against each other.
 
-    They take turns, so that whatever else the machine does meets all of them. A second
-    step shows how many fill a round. Before a chain's turn some are run uncounted: what
-    the others left in the caches, and a program's first start after another's, are no
-    part of a decode loop.
+    They take turns, so that whatever else the machine does meets all of them. Before a
+    chain's turn some steps are run uncounted: what the others left in the caches, and a
+    program's first start after another's, are no part of a decode loop.
 
-    Where work is queued (`None`: on a GPU), the first start and the notice of the last
-    end take about a millisecond, however many steps lie between. So a round is timed
-    with few steps and with many, and what counts is the difference.
+    Where work is queued (`None`: on a GPU), starting and noticing the end take about a
+    millisecond, however many steps lie between. So a round is timed with few steps and
+    with many, either first in turn, and what counts is the difference. It lasts
+    `QUEUED_ROUND` at least, whatever `seconds` says, and a turn 1.75 times as long.
     """
     queued = on_gpu() if queued is None else queued
     a_round = max(seconds / rounds / len(chains), QUEUED_ROUND if queued else 0)
@@ -288,18 +288,28 @@ def measure(
         chain.wait()
         return clock() - start
 
-    steps = {}
-    for name, chain in chains.items():
+    def added(chain: Chain, steps: int, few: int, few_first: bool) -> float:
+        if few_first:
+            return -timed(chain, few) + timed(chain, few + steps)
+        return timed(chain, few + steps) - timed(chain, few)
+
+    def filling(chain: Chain) -> int:
         timed(chain, 1)
-        once = max(timed(chain, 1), 1e-6)
-        steps[name] = max(1, int(a_round / once))
+        if not queued:
+            return max(1, int(a_round / max(timed(chain, 1), 1e-6)))
+        steps = 1
+        while (took := added(chain, steps, few=1, few_first=True)) < a_round / 2:
+            steps *= 2
+        return math.ceil(steps * a_round / took)
+
+    steps = {name: filling(chain) for name, chain in chains.items()}
     samples: dict[str, list[float]] = {name: [] for name in chains}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, chain in chains.items():
             few = -(-steps[name] // 4)
             timed(chain, few)
             if queued:
-                took = -timed(chain, few) + timed(chain, few + steps[name])
+                took = added(chain, steps[name], few, few_first=turn % 2 == 0)
             else:
                 took = timed(chain, steps[name])
             samples[name].append(took / (steps[name] * chain.calls))

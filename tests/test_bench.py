@@ -88,16 +88,42 @@ def test_statistics():
     assert timings["fast"].calls == 10
 
 
-def test_what_does_not_grow_with_the_steps_is_no_part_of_a_queued_step():
-    class Queued(FakeChain):
-        def wait(self):
-            self.now += 1.0
+class Queued(FakeChain):
+    """Steps whose end is noticed late, and later every time."""
 
+    late = 1.0
+
+    def wait(self):
+        self.now += self.late
+        self.late *= 1.001
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_what_does_not_grow_with_the_steps_is_no_part_of_a_queued_step(
+    default, monkeypatch
+):
     chain = Queued([0.5], calls=4)
+    if default:
+        monkeypatch.setattr(_bench, "on_gpu", lambda: True)
+    # Rounds of 12 seconds, an even number, so that half have many steps first.
     timings = _bench.measure(
-        {"chain": chain}, seconds=60, rounds=5, clock=lambda: chain.now, queued=True
+        {"chain": chain},
+        seconds=48,
+        rounds=4,
+        clock=lambda: chain.now,
+        queued=None if default else True,
     )
-    assert timings["chain"].median == pytest.approx(0.125)
+    assert timings["chain"].median == pytest.approx(0.125, rel=1e-5)
+    assert timings["chain"].calls == 24 * 4
+
+
+@pytest.mark.parametrize(("queued", "steps"), [(True, 30), (False, 1)])
+def test_queued_rounds_are_long_enough(queued, steps):
+    chain = FakeChain([0.001])
+    timings = _bench.measure(
+        {"chain": chain}, seconds=1e-3, clock=lambda: chain.now, queued=queued
+    )
+    assert timings["chain"].calls == pytest.approx(steps, rel=0.1)
 
 
 @pytest.mark.parametrize("layout", ["KV", "VK"])
