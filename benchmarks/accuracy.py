@@ -10,7 +10,6 @@ tokens in one call against eight calls.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_gdn
+from jax_gdn import _bench_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import DTYPES, F32, LAYOUTS, SIZES, Case
@@ -144,7 +144,7 @@ def main() -> None:
         for row in rows:
             print("| " + " | ".join(map(_text, row.values())) + " |")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        _bench_report.write_json(results, arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import functools as ft
 import importlib.metadata
-import json
 import os
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gdn import _bench, _bench_machine, _bench_run
+from jax_gdn import _bench, _bench_machine, _bench_report, _bench_run
 from jax_gdn.cli import positive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -39,9 +38,6 @@ ON_GPU = _bench.on_gpu()
 # Where the peers come from.
 PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "triton")
 PACKAGES += ("flashinfer-python", "nvidia-cutlass-dsl", "fla-core", "lalamo")
-# Random rows that a large batch on a GPU consists of, over and over: there, making all
-# of it on the host would take longer than everything else.
-ROWS = 8
 
 
 class Own:
@@ -56,14 +52,12 @@ class Own:
         state_dtype: str = "float32",
     ):
         self.layout, self.state_dtype = layout, state_dtype
-        own_form = implementation == "xla"
-        if own_form:
-            inputs = inputs[: _bench_run.XLA_STATES]
         pairs = [_bench.split_state(self._arrays(x, repeats)) for x in inputs]
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         step = _bench.decode_step(implementation, layout)
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
-        self._chain = chain_of(step, states, rests, in_a_row=1 if own_form else None)
+        compiled = implementation == "xla"
+        self._chain = chain_of(step, states, rests, compiled)
         self.calls = self._chain.calls
         self.run, self.wait = self._chain.run, self._chain.wait
 
@@ -86,16 +80,11 @@ def tiled(x: jax.Array, repeats: int) -> jax.Array:
 
 
 def chain_of(
-    step: _bench.Step,
-    states: list[Any],
-    rests: list[Any],
-    in_a_row: int | None = None,
+    step: _bench.Step, states: list[Any], rests: list[Any], compiled: bool = False
 ) -> Any:
     if ON_GPU:
-        options = _bench.COMMAND_BUFFERS
-        return _bench.DeviceChain(
-            step, states, rests, compiler_options=options, in_a_row=in_a_row
-        )
+        chain = _bench_run.compiled_chain if compiled else _bench.DeviceChain
+        return chain(step, states, rests, compiler_options=_bench.COMMAND_BUFFERS)
     return _bench.SteppedChain(step, states[:1], rests[:1])
 
 
@@ -156,9 +145,9 @@ def compare(
     """Returns a row a peer; `errors` keeps what was checked for the next B."""
     smallest = "bfloat16" if ON_GPU else "float32"
     sets = _bench_run.sets(_bench.Config(B=B, state_dtype=smallest), warm)
-    rows = ROWS if ON_GPU and B % ROWS == 0 else B
+    rows, repeats = _bench_run.rows_of(B) if ON_GPU else (B, 1)
     inputs = [numpy_inputs(rows, seed) for seed in range(sets)]
-    small, repeats = numpy_inputs(3), B // rows
+    small = numpy_inputs(3)
     peers = OWN | (OWN_ON_GPU | peers_cuda.PEERS if ON_GPU else peers_cpu.PEERS)
     table, chains = {}, {}
     for name, make in peers.items():
@@ -179,10 +168,8 @@ def compare(
             chains.pop(name, None)
     for dtype in ("float32", "bfloat16") if ON_GPU else ("float32",):
         name = f"in-place pass, {dtype}"
-        chains[name], table[name] = (
-            limit(inputs, repeats, dtype),
-            {"peer": name, "B": B},
-        )
+        chains[name] = limit(inputs, repeats, dtype)
+        table[name] = {"peer": name, "B": B}
     timings = _bench.measure(chains, seconds)
     for name, timing in timings.items():
         table[name] |= {n: 1e6 * getattr(timing, n) for n in ("median", "low", "high")}
@@ -229,7 +216,8 @@ def main() -> None:
     arguments = parser.parse_args()
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "arguments": sys.argv[1:],
+        # Where the file lies is the reader's affair.
+        "arguments": {n: x for n, x in vars(arguments).items() if n != "json"},
         "machine": _bench_machine.machine(),
         "peers": {name: version(name) for name in PACKAGES},
     }
@@ -257,7 +245,7 @@ def main() -> None:
 
 def write(report: dict[str, Any], path: Path | None) -> None:
     if path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        _bench_report.write_json(report, path)
 
 
 if __name__ == "__main__":

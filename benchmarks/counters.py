@@ -11,7 +11,6 @@ import argparse
 import csv
 import functools as ft
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 
 import jax_gdn
-from jax_gdn import _bench_machine
+from jax_gdn import _bench_machine, _bench_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import Case
@@ -123,7 +122,7 @@ def main() -> None:
         )
     if arguments.json:
         report = {"machine": _bench_machine.machine(), "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        _bench_report.write_json(report, arguments.json)
     return None
 
 

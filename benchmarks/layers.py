@@ -13,7 +13,6 @@ takes to start one, and the share that is not the kernel's.
 
 import argparse
 import functools as ft
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_gdn import _bench, _bench_machine, decode
+from jax_gdn import _bench, _bench_machine, _bench_report, decode
 
 ON_GPU = _bench.on_gpu()
 STEPS = 20  # of the loop on the device
@@ -149,7 +148,10 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
             name: {
                 "us_a_layer": 1e6 * timing.median,
                 "quartiles": [1e6 * timing.low, 1e6 * timing.high],
-                "host_share": 1 - alone / timing.median,
+                # Of a program with the kernel in it.
+                "host_share": None
+                if name.startswith("nothing")
+                else 1 - alone / timing.median,
                 "buffers_stayed": stayed.get(name),
             }
             for name, timing in timings.items()
@@ -171,12 +173,13 @@ def main() -> None:
             print(f"B {B}, {layers} layers, us a layer:")
             for name, row in result["rows"].items():
                 stayed = {True: "states stayed", False: "states MOVED", None: ""}
-                share = f"host's share {row['host_share']:4.0%}"
+                part = row["host_share"]
+                share = "" if part is None else f"host's share {part:4.0%}"
                 where = stayed[row["buffers_stayed"]]
-                print(f"  {name:28} {row['us_a_layer']:9.2f}  {share}  {where}")
+                print(f"  {name:28} {row['us_a_layer']:9.2f}  {share:17}  {where}")
     if arguments.json:
         report = {"machine": _bench_machine.machine(), "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        _bench_report.write_json(report, arguments.json)
 
 
 if __name__ == "__main__":

@@ -219,15 +219,12 @@ class Lalamo:
             return jnp.tile(jnp.asarray(x), (repeated, *[1] * (x.ndim - 1)))
 
         pairs = [
-            _bench.split_state({n: array(n, y) for n, y in x.items()})
-            for x in inputs[: _bench_run.XLA_STATES]
+            _bench.split_state({n: array(n, y) for n, y in x.items()}) for x in inputs
         ]
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
-        chain = _bench.DeviceChain(
-            *(step, states, rests),
-            compiler_options=_bench.COMMAND_BUFFERS,
-            in_a_row=1,
+        chain = _bench_run.compiled_chain(
+            step, states, rests, compiler_options=_bench.COMMAND_BUFFERS
         )
         self.run, self.wait, self.calls = chain.run, chain.wait, chain.calls
 

@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import dataclasses
 import functools as ft
-import json
 import math
 import os
 import re
@@ -30,14 +29,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from jax_gdn import _bench, _bench_machine, _bench_run, _cuda
+from jax_gdn import _bench, _bench_machine, _bench_report, _bench_run, _cuda
 from jax_gdn.cli import positive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ptx.launch import plan_decode
 from ptx.module import find_cuobjdump
 
-ROWS = 8  # of which a large batch consists, over and over
 BYTES_A_GRAPH = 2 * 10**9  # read and written: the start of a graph must not count
 
 
@@ -186,8 +184,7 @@ class Replay:
     def __init__(self, cuda: Cuda, functions: Functions, B: int, state_dtype: str):
         self._cuda, self._functions = cuda, functions.by_symbol
         self._config = ft.partial(_bench.Config, state_dtype=state_dtype)
-        self._rows = ROWS if B % ROWS == 0 else B
-        self._repeats = B // self._rows
+        self._rows, self._repeats = _bench_run.rows_of(B)
         self._buffers: list[Buffer] = []
         config = self._config(B)
         self.state_bytes = config.state_bytes
@@ -329,7 +326,7 @@ def main() -> None:
     if options.json:
         machine = _bench_machine.machine() | {"gpu": _bench_machine.nvidia_smi()}
         report = {"machine": machine, "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        _bench_report.write_json(report, options.json)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ SHAPES = {"16/32": (16, 32), "16/48": (16, 48), "16/64": (16, 64), "2/8": (2, 8)
 ROUNDS = 15
 # More than the L2 caches of the GPUs that there are kernels for, 50 to 60 MB.
 COLD_BYTES = 128 * 2**20
-# States of a program of the XLA form, which XLA compiles anew for each, many seconds.
-# Where two stay in the L2 cache that is to its advantage.
 XLA_STATES = 2
+# Random rows that a large batch on a GPU may consist of, over and over: making all of
+# it on the host takes longer than everything else.
+ROWS = 8
 # A state for each of the chains and passes, and what the XLA form holds beside its own.
 STATES_HELD = 14
 
@@ -154,6 +155,12 @@ def sets(config: Config, warm: bool) -> int:
     return 1 if warm or not _bench.on_gpu() else cold_sets(config)
 
 
+def rows_of(B: int) -> tuple[int, int]:
+    """Returns of how many rows B sequences on a GPU consist, and how often of each."""
+    rows = ROWS if B % ROWS == 0 else B
+    return rows, B // rows
+
+
 def cold_sets(config: Config) -> int:
     return max(2, math.ceil(COLD_BYTES / config.state_bytes))
 
@@ -172,7 +179,6 @@ def _chains(config: Config, inputs: list[_bench.Inputs]) -> dict[str, Any]:
             "limit": SteppedChain(_bench.in_place_pass, states, [{}]),
         }
     states = [state for state, _ in pairs]
-    few = states[:XLA_STATES], rests[:XLA_STATES]
     under_graphs = ft.partial(
         DeviceChain, states=states, compiler_options=_bench.COMMAND_BUFFERS
     )
@@ -181,10 +187,22 @@ def _chains(config: Config, inputs: list[_bench.Inputs]) -> dict[str, Any]:
         "native, stepped from Python": SteppedChain(
             native, states, rests, compiler_options=_bench.COMMAND_BUFFERS
         ),
-        "XLA donated": DeviceChain(xla, *few, in_a_row=1),
-        "XLA not donated": DeviceChain(xla, *few, donate=False),
+        "XLA donated": compiled_chain(xla, states, rests),
+        "XLA not donated": compiled_chain(xla, states, rests, donate=False),
         "limit": best_pass(states),
     }
+
+
+def compiled_chain(
+    step: _bench.Step, states: list[Any], rests: list[Any], **options: Any
+) -> DeviceChain:
+    """Returns a chain of a step that XLA compiles itself, anew for each of its calls.
+
+    That takes it many seconds, so there are two calls, over two states. Where those
+    stay in the L2 cache, that is to the step's advantage.
+    """
+    few = states[:XLA_STATES], rests[:XLA_STATES]
+    return DeviceChain(step, *few, in_a_row=1, **options)
 
 
 def best_pass(states: list[jax.Array]) -> DeviceChain:

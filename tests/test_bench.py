@@ -263,6 +263,21 @@ def test_compare_times_what_is_right_and_names_the_rest(script, monkeypatch):
     assert rows["wrong"]["note"].startswith("failed: wrong: {'out'")
 
 
+@pytest.mark.parametrize("script", ["compare"], indirect=True)
+def test_compare_says_what_it_was_asked_but_not_where_the_file_lies(
+    script, monkeypatch, tmp_path
+):
+    path = tmp_path / "compare.json"
+    asked = ["compare.py", "--batch", "2", "--skip", "XLA", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", asked)
+    monkeypatch.setattr(script, "compare", lambda *_, **__: [])
+    script.main()
+    text = path.read_text()
+    assert json.loads(text)["arguments"]["batch"] == [2]
+    assert json.loads(text)["arguments"]["skip"] == ["XLA"]
+    assert str(tmp_path) not in text
+
+
 @pytest.mark.parametrize("script", ["layers"], indirect=True)
 def test_layers_keep_their_states(script, monkeypatch):
     monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
