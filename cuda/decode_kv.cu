@@ -28,6 +28,7 @@
 // bfloat16 inputs and out, one decay a head. It has less to decide and to hold.
 #include "cuda/decode_kv.h"
 #include "cuda/entries.cuh"
+#include "cuda/waves.cuh"
 
 namespace jax_gdn {
 namespace {
@@ -124,6 +125,18 @@ __device__ __forceinline__ RawV<T> LoadV(const DecodeParams& p, const Place& at,
 }
 
 template <typename T>
+__device__ __forceinline__ Columns<T::kColumns> WidenV(const DecodeParams& p,
+                                                       const RawV<T>& raw) {
+  Columns<T::kColumns> v;
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    const float4 x = Widen(raw.x[c / 4], TypeOf<T::kStep>(p.v));
+    v.x[c] = x.x, v.x[c + 1] = x.y, v.x[c + 2] = x.z, v.x[c + 3] = x.w;
+  }
+  return v;
+}
+
+template <typename T>
 __device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
                                          int64_t t, int column, const float* out) {
   const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
@@ -139,19 +152,14 @@ __device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
 template <typename T>
 __device__ __forceinline__ Columns<T::kColumns> Solve(
     const DecodeParams& p, const Place& at, int64_t t, const Thread<T>& thread,
-    const RawV<T>& raw_v, const Gates& gates, const Sums<T::kColumns>& sums) {
+    const Columns<T::kColumns>& v, const Gates& gates, const Sums<T::kColumns>& sums) {
   Columns<T::kColumns> u;
   float out[T::kColumns];
 #pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    const float4 v4 = Widen(raw_v.x[c / 4], TypeOf<T::kStep>(p.v));
-    const float v[4] = {v4.x, v4.y, v4.z, v4.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float u_i = gates.beta * fmaf(-gates.decayed_k, sums.p.x[c + i], v[i]);
-      out[c + i] = fmaf(gates.qk, u_i, gates.decayed_q * sums.r.x[c + i]);
-      u.x[c + i] = gates.k_factor * u_i;
-    }
+  for (int c = 0; c < T::kColumns; ++c) {
+    const float u_c = gates.beta * fmaf(-gates.decayed_k, sums.p.x[c], v.x[c]);
+    out[c] = fmaf(gates.qk, u_c, gates.decayed_q * sums.r.x[c]);
+    u.x[c] = gates.k_factor * u_c;
   }
   if (thread.group == 0) StoreOut<T>(p, at, t, thread.column, out);
   return u;
@@ -174,7 +182,8 @@ __device__ __forceinline__ void Finish(const DecodeParams& p, const Place& at,
                                        const Entries& entries, const Gates& gates,
                                        const Sums<T::kColumns>& sums, int32_t wanted,
                                        Owned<T>& state) {
-  const Columns<T::kColumns> u = Solve<T>(p, at, 0, thread, raw_v, gates, sums);
+  const Columns<T::kColumns> u =
+      Solve<T>(p, at, 0, thread, WidenV<T>(p, raw_v), gates, sums);
   state.ForgetUnpacked();
   UpdateRows<T>(entries, gates.decay, u.x, state);
   if (CheckSlot(p, wanted) == kNoSlot) return;
@@ -253,6 +262,25 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
   Finish<T>(p, at, thread, raw_v, entries, gates, sums, wanted, state);
 }
 
+// One warp stages what token t brings to the block.
+template <typename T>
+__device__ __forceinline__ void StageInputs(const DecodeParams& p, const Place& at,
+                                            int64_t t, int lane,
+                                            HeadInputs<T::K, false>& inputs,
+                                            Columns<T::VT>& v) {
+  const bool has_v = lane < T::VT / 4;
+  const int column = lane % T::kLanes * T::kColumns + lane / T::kLanes * 4;
+  Raw<4> raw_v = {};
+  if (has_v) {
+    const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
+    raw_v = LoadRaw<4>(p.v, head * p.V + at.first_column + column);
+  }
+  StageToken<T::K>(p, at, t, lane, inputs);
+  if (has_v) {
+    *reinterpret_cast<float4*>(v.x + PlaceOf<T>(column)) = Widen(raw_v, p.v.dtype);
+  }
+}
+
 // Any number of tokens, whose inputs are staged in shared memory.
 template <typename T>
 __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place& at,
@@ -261,11 +289,13 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
   LoadRows<T>(FirstRow<T>(p, at, read, thread), p.V / T::kColumns, bits);
   __syncwarp();  // The compiler moves no access across.
   __shared__ HeadInputs<T::K, false> inputs[T::kTokens];
+  __shared__ Columns<T::VT> v[T::kTokens];
   // Two, so that no warp waits for another to have read the last token's.
   __shared__ SharedSums<T> shared[2];
   const auto stage = [&](int64_t first) {  // a token a warp
-    if (thread.warp >= T::kTokens || first + thread.warp >= p.T) return;
-    StageToken<T::K>(p, at, first + thread.warp, thread.lane, inputs[thread.warp]);
+    const int64_t t = first + thread.warp;
+    if (thread.warp >= T::kTokens || t >= p.T) return;
+    StageInputs<T>(p, at, t, thread.lane, inputs[thread.warp], v[thread.warp]);
   };
   stage(0);
   Owned<T> state;
@@ -281,14 +311,14 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
     for (int i = 0; i < T::kTokens && first + i < p.T; ++i) {
       const int64_t t = first + i;
       const int32_t wanted = WantedSlot(p, at.n, t, read);
-      const RawV<T> raw_v = LoadV<T>(p, at, t, thread.column);
       const StagedEntries<T> entries = {inputs[i], p.per_channel, thread};
       Sums<T::kColumns> sums = SumRows<T>(state, entries);
       PutSums<T>(sums, thread, shared[t % 2]);
       if constexpr (T::kWarps > 1) BlockSync<T>();
       AddWarps<T>(shared[t % 2], thread, sums);
       const Gates gates = inputs[i].gates;
-      const Columns<T::kColumns> u = Solve<T>(p, at, t, thread, raw_v, gates, sums);
+      const Columns<T::kColumns> own_v = GetColumns<T>(v[i].x, thread.column);
+      const Columns<T::kColumns> u = Solve<T>(p, at, t, thread, own_v, gates, sums);
       UpdateRows<T>(entries, gates.decay, u.x, state);
       if ((p.snapshots || t + 1 == p.T) && CheckSlot(p, wanted) != kNoSlot) {
         // Why: kept since the loads, the rows' addresses would cost 2 registers each.
@@ -302,6 +332,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
+  if constexpr (T::VT >= 64) StartApart<512 / T::kThreads>();
   const Thread<T> thread;
   const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
   const int32_t read = ReadSlot(p, at.n);
@@ -328,6 +359,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 #define JAX_GDN_IS_STEP_decode false
 #define JAX_GDN_GATES false
 #define JAX_GDN_GATES_gw true
+#define JAX_GDN_GATES_cs false
 #define JAX_GDN_DEFINE(kind, name, dtype, K, VT, C, G, extra, streaming, blocks,    \
                        max_states)                                                  \
   extern "C" __global__ void __launch_bounds__(                                     \
@@ -357,15 +389,17 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   X(step, bf16, DType::kBFloat16, K, 32, 8, 16, _gw, true, 1, 64)
 #define JAX_GDN_FOR_EACH_TILE(X, K)                                                     \
   X(step, f32, DType::kFloat32, K, 16, 4, 8, , true, 1, 256)                            \
-  X(step, f32, DType::kFloat32, K, 64, 4, 8, , true, 1, 2048)                           \
+  X(step, f32, DType::kFloat32, K, 64, 4, 8, , true, 1, 1024)                           \
+  X(step, f32, DType::kFloat32, K, 64, 4, 16, _cs, true, 1, 4096)                       \
   X(step, f32, DType::kFloat32, K, 64, 4, 16, , false, 1, kMany)                        \
-  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 2048)         \
+  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 1024)         \
   X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 256)                       \
   X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, kMany)     \
   X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 256)                         \
   X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, 1, kMany)
 // Where V, which is K, has such columns.
 #define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
+  X(step, bf16, DType::kBFloat16, K, 128, 4, 8, _cs, true, 2, 4096)                     \
   X(step, bf16, DType::kBFloat16, K, 128, 4, 8, , false, 2, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \

@@ -22,30 +22,28 @@
 // is the same with what a decode loop has fixed.
 #include "cuda/decode_vk.h"
 #include "cuda/rows.cuh"
+#include "cuda/waves.cuh"
 
 namespace jax_gdn {
 namespace {
 
-// What one token brings to a head, on its way: v of the lane's own row, q and k.
+// q and k of one token, on their way.
 template <typename T>
-struct RawToken {
-  Raw<1> v;
+struct RawKeys {
   RawVector<T> q, k;
 };
 
 template <typename T>
-__device__ __forceinline__ RawToken<T> LoadToken(const DecodeParams& p, int64_t head,
-                                                 int64_t key_head, int row, int lane) {
-  RawToken<T> x;
-  x.v = LoadRaw<1, T::kStep>(p.v, head * (T::kStep ? T::K : p.V) + row);
+__device__ __forceinline__ RawKeys<T> LoadKeys(const DecodeParams& p, int64_t key_head,
+                                               int lane) {
   __syncwarp();  // The compiler moves no access across.
-  x.q = LoadVector<T, T::kStep>(p.q, key_head * T::K, lane);
-  x.k = LoadVector<T, T::kStep>(p.k, key_head * T::K, lane);
+  const RawKeys<T> raw = {LoadVector<T, T::kStep>(p.q, key_head * T::K, lane),
+                          LoadVector<T, T::kStep>(p.k, key_head * T::K, lane)};
   __syncwarp();
-  return x;
+  return raw;
 }
 
-// What its gates are made of.
+// What its gates are made of besides.
 struct RawGates {
   float A_log;
   Raw<1> a, dt_bias, b;
@@ -65,17 +63,28 @@ __device__ __forceinline__ RawGates LoadGates(const DecodeParams& p, int64_t hea
   return x;
 }
 
-struct Gates {
-  float decay;  // exp(g), common to the head; 1 where each channel has its own
-  float beta;   // write strength
+// What one token brings to a lane: its parts of q and k, v of its own row.
+template <typename T>
+struct Token {
+  Vector<T> q, k;
+  float v;
+  Gates gates;
 };
 
 template <typename T>
-__device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const RawGates& x) {
+__device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const RawGates& x,
+                                           const Vector<T>& q, const Vector<T>& k) {
   const float decay_input =
       Widen(x.a, TypeOf<T::kStep>(p.a)) + Widen(x.dt_bias, p.dt_bias.dtype);
-  return {!T::kStep && p.per_channel ? 1.0f : Decay(x.A_log, decay_input),
-          Beta(Widen(x.b, TypeOf<T::kStep>(p.b)))};
+  const float decay = !T::kStep && p.per_channel ? 1.0f : Decay(x.A_log, decay_input);
+  const Factors factor = NormFactors(p, WarpSum<T::kLanes>(DotOwn<T>(q, q.x)),
+                                     WarpSum<T::kLanes>(DotOwn<T>(k, k.x)));
+  return {decay,
+          Beta(Widen(x.b, TypeOf<T::kStep>(p.b))),
+          WarpSum<T::kLanes>(DotOwn<T>(q, k.x)) * factor.q * factor.k,
+          factor.k,
+          decay * factor.q,
+          decay * factor.k};
 }
 
 // exp(g) of a lane's channels, where each has its own.
@@ -100,60 +109,74 @@ __device__ __forceinline__ uint4* FirstAccess(const DecodeParams& p, int32_t slo
          lane % T::kLanes;
 }
 
-// One token, whose inputs are there.
+// A lane's place in the operands.
+struct Place {
+  unsigned n;  // sequence
+  unsigned hv;
+  int first_row;  // of V, of its warp's
+  int lane, warp;
+};
+
+// One token, on a lane's part of the state.
 template <typename T>
 __device__ __forceinline__ void DecodeToken(const DecodeParams& p, int64_t head,
-                                            unsigned hv, int first_row, int lane,
-                                            const RawToken<T>& raw, const Gates& gates,
-                                            float A_log,
+                                            const Place& at, const Token<T>& x,
                                             float (&s)[T::kRows][T::kOwn]) {
-  const Vector<T> q = Widen<T>(raw.q, TypeOf<T::kStep>(p.q));
-  const Vector<T> k = Widen<T>(raw.k, TypeOf<T::kStep>(p.k));
-  if (!T::kStep && p.per_channel) {
-    const Vector<T> decay = LoadDecay<T>(p, head, hv, A_log, lane);
-#pragma unroll
-    for (int i = 0; i < T::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < T::kOwn; ++j) s[i][j] *= decay.x[j];
-    }
-  }
-  const Factors factor = NormFactors(p, WarpSum<T::kLanes>(DotOwn<T>(q, q.x)),
-                                     WarpSum<T::kLanes>(DotOwn<T>(k, k.x)));
-  const float qk = WarpSum<T::kLanes>(DotOwn<T>(q, k.x)) * factor.q * factor.k;
   float sum_p[T::kRows], sum_r[T::kRows];
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
-    sum_p[i] = DotOwn<T>(k, s[i]);
-    sum_r[i] = DotOwn<T>(q, s[i]);
+    sum_p[i] = DotOwn<T>(x.k, s[i]);
+    sum_r[i] = DotOwn<T>(x.q, s[i]);
   }
-  SumRows<T>(sum_p, lane);
-  SumRows<T>(sum_r, lane);
+  SumRows<T>(sum_p, at.lane);
+  SumRows<T>(sum_r, at.lane);
 
-  const float v = Widen(raw.v, TypeOf<T::kStep>(p.v)), decay = gates.decay;
-  const float u = gates.beta * fmaf(-decay * factor.k, sum_p[0], v);
-  if (lane % T::kSameRow == 0) {
+  const float u = x.gates.beta * fmaf(-x.gates.decayed_k, sum_p[0], x.v);
+  if (at.lane % T::kSameRow == 0) {
     const Output out = {p.out.data, T::kStep ? DType::kBFloat16 : p.out.dtype};
-    Store1(out, head * (T::kStep ? T::K : p.V) + first_row + OwnRow<T>(lane),
-           fmaf(qk, u, decay * factor.q * sum_r[0]));
+    Store1(out, head * (T::kStep ? T::K : p.V) + at.first_row + OwnRow<T>(at.lane),
+           fmaf(x.gates.qk, u, x.gates.decayed_q * sum_r[0]));
   }
-  const float own_u = factor.k * u;
+  const float own_u = x.gates.k_factor * u;
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
     const float u_i = __shfl_sync(0xffffffffu, own_u, i * T::kSameRow, T::kLanes);
 #pragma unroll
-    for (int j = 0; j < T::kOwn; ++j) s[i][j] = fmaf(k.x[j], u_i, decay * s[i][j]);
+    for (int j = 0; j < T::kOwn; ++j) {
+      s[i][j] = fmaf(x.k.x[j], u_i, x.gates.decay * s[i][j]);
+    }
   }
 }
 
-// A block's place in the operands.
-struct Place {
-  unsigned n;  // sequence
+// The rows of a block that starts about when this one ends. Where there are many
+// blocks, the L2 cache is asked for them: a block then waits for its rows a little
+// less. At twice the distance they would no longer be there when they are wanted.
+template <typename T>
+struct LaterRows {
+  static constexpr bool kWanted = !T::kStreaming;
+  static constexpr unsigned kAhead = 20 * kMultiprocessors;
   unsigned hv;
-  int first_row;  // of V
-  int lane;
+  int first_row;
+  int32_t slot = kNoSlot;
+
+  __device__ __forceinline__ explicit LaterRows(const DecodeParams& p) {
+    if constexpr (kWanted) {
+      const unsigned block = BlockNumber() + kAhead, head = block / gridDim.x;
+      hv = head % gridDim.y;
+      first_row = block % gridDim.x * T::VT;
+      if (head / gridDim.y < gridDim.z) slot = ReadSlot(p, head / gridDim.y);
+    }
+  }
+  __device__ __forceinline__ void Prefetch(const DecodeParams& p, int lane) const {
+    if constexpr (kWanted) {
+      if (lane != 0 || slot == kNoSlot) return;
+      PrefetchBulk(FirstAccess<T>(p, slot, hv, first_row, lane),
+                   T::VT * T::K * kStateBytes<T::kState>);
+    }
+  }
 };
 
-// One token.
+// One token is all there is.
 template <typename T>
 __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& at,
                                            int32_t read) {
@@ -163,64 +186,118 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   OwnRows<T> rows;
   rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
   const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
-  const RawToken<T> raw =
-      LoadToken<T>(p, head, key_head, at.first_row + OwnRow<T>(at.lane), at.lane);
+  const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
+  const Raw<1> raw_v = LoadRaw<1, true>(p.v, own);
+  const RawKeys<T> raw = LoadKeys<T>(p, key_head, at.lane);
   const int32_t wanted = WantedSlot(p, at.n, 0, read);
-  const Gates gates = MakeGates<T>(p, raw_gates);
+  const LaterRows<T> later(p);
+  Token<T> x = {Widen<T>(raw.q, DType::kBFloat16), Widen<T>(raw.k, DType::kBFloat16),
+                Widen(raw_v, DType::kBFloat16)};
+  x.gates = MakeGates<T>(p, raw_gates, x.q, x.k);
   float s[T::kRows][T::kOwn];
   rows.Unpack(s);
-  DecodeToken<T>(p, head, at.hv, at.first_row, at.lane, raw, gates, raw_gates.A_log, s);
+  DecodeToken<T>(p, head, at, x, s);
+  later.Prefetch(p, at.lane);
   if (CheckSlot(p, wanted) == kNoSlot) return;
   rows.Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
 }
 
-// Any number of tokens. A token's inputs are on their way while the one before it is
-// computed, and the gates of 32 tokens are made at once, a token a lane.
+// What one token brings to a block.
+template <typename T>
+struct StagedToken {
+  alignas(16) float q[T::K];
+  alignas(16) float k[T::K];
+  alignas(16) float decay[T::K];  // exp(g) of the channels, where each has its own
+  float v[T::VT];
+  Gates gates;
+};
+
+// One warp stages token t.
+template <typename T>
+__device__ __forceinline__ void StageToken(const DecodeParams& p, const Place& at,
+                                           int64_t t, StagedToken<T>& to) {
+  const int64_t token = at.n * p.T + t, head = token * p.HV + at.hv;
+  const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
+  constexpr int kPasses = (T::VT + 31) / 32;
+  const int64_t first_v = head * p.V + at.first_row - at.warp * T::kWarpRows;
+  Raw<1> raw_v[kPasses] = {};
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int row = 32 * i + at.lane;
+    if (row < T::VT) raw_v[i] = LoadRaw<1>(p.v, first_v + row);
+  }
+  const RawKeys<T> raw = LoadKeys<T>(p, token * p.H + KeyHead(p, at.hv), at.lane);
+  const Vector<T> q = Widen<T>(raw.q, p.q.dtype), k = Widen<T>(raw.k, p.k.dtype);
+  const Gates gates = MakeGates<T>(p, raw_gates, q, k);
+  PutOwn<T>(q, to.q, at.lane);
+  PutOwn<T>(k, to.k, at.lane);
+  if (p.per_channel) {
+    PutOwn<T>(LoadDecay<T>(p, head, at.hv, raw_gates.A_log, at.lane), to.decay,
+              at.lane);
+  }
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int row = 32 * i + at.lane;
+    if (row < T::VT) to.v[row] = Widen(raw_v[i], p.v.dtype);
+  }
+  if (at.lane == 0) to.gates = gates;
+}
+
+// Any number of tokens, staged in shared memory by rounds, a token a warp.
 template <typename T>
 __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place& at,
                                              int32_t read) {
+  __shared__ StagedToken<T> tokens[T::kWarps];
   const int row = at.first_row + at.lane / T::kLanes;
-  const auto head = [&](int64_t t) { return (at.n * p.T + t) * p.HV + at.hv; };
-  const auto load = [&](int64_t t) {
-    const int64_t key_head = (at.n * p.T + t) * p.H + KeyHead(p, at.hv);
-    return LoadToken<T>(p, head(t), key_head, at.first_row + OwnRow<T>(at.lane),
-                        at.lane);
+  const auto stage = [&](int64_t first) {
+    if (first + at.warp < p.T) StageToken<T>(p, at, first + at.warp, tokens[at.warp]);
   };
   float s[T::kRows][T::kOwn];
-  RawToken<T> next;
   {
     OwnRows<T> rows;
     rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
-    next = load(0);
+    stage(0);
     rows.Unpack(s);  // ahead of the loop, which would otherwise keep the bits too
   }
-  float A_log = 0.0f;
-  Gates own_gates = {};  // of the token of the lane
 #pragma unroll 1
-  for (int64_t t = 0; t < p.T; ++t) {
-    const int of_lane = t % 32;
-    if (of_lane == 0) {
-      const RawGates raw = LoadGates<T>(p, head(min(t + at.lane, p.T - 1)), at.hv);
-      own_gates = MakeGates<T>(p, raw);
-      A_log = raw.A_log;
+  for (int64_t first = 0; first < p.T; first += T::kWarps) {
+    if (first > 0) {
+      __syncthreads();  // the last round's tokens are still read
+      stage(first);
     }
-    const RawToken<T> raw = next;
-    if (t + 1 < p.T) next = load(t + 1);
-    const int32_t wanted = WantedSlot(p, at.n, t, read);
-    const Gates gates = {__shfl_sync(0xffffffffu, own_gates.decay, of_lane),
-                         __shfl_sync(0xffffffffu, own_gates.beta, of_lane)};
-    DecodeToken<T>(p, head(t), at.hv, at.first_row, at.lane, raw, gates, A_log, s);
-    if (!p.snapshots && t + 1 < p.T) continue;
-    if (CheckSlot(p, wanted) == kNoSlot) continue;
-    OwnRows<T>::Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < T::kWarps && first + i < p.T; ++i) {
+      const int64_t t = first + i;
+      const int32_t wanted = WantedSlot(p, at.n, t, read);
+      const StagedToken<T>& staged = tokens[i];
+      const int own_row = at.warp * T::kWarpRows + OwnRow<T>(at.lane);
+      const Token<T> x = {GetOwn<T>(staged.q, at.lane), GetOwn<T>(staged.k, at.lane),
+                          staged.v[own_row], staged.gates};
+      if (p.per_channel) {
+        const Vector<T> decay = GetOwn<T>(staged.decay, at.lane);
+#pragma unroll
+        for (int r = 0; r < T::kRows; ++r) {
+#pragma unroll
+          for (int j = 0; j < T::kOwn; ++j) s[r][j] *= decay.x[j];
+        }
+      }
+      DecodeToken<T>(p, (at.n * p.T + t) * p.HV + at.hv, at, x, s);
+      if (!p.snapshots && t + 1 < p.T) continue;
+      if (CheckSlot(p, wanted) == kNoSlot) continue;
+      OwnRows<T>::Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
+    }
   }
 }
 
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
-  const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT),
-                    static_cast<int>(threadIdx.x)};
+  if constexpr (T::VT == 64) StartApart<4>();
+  const int warp = T::kWarps == 1 ? 0 : threadIdx.x / 32;
+  const Place at = {blockIdx.z, blockIdx.y,
+                    static_cast<int>(blockIdx.x * T::VT) + warp * T::kWarpRows,
+                    static_cast<int>(threadIdx.x % 32), warp};
   const int32_t read = ReadSlot(p, at.n);
   if (read == kNoSlot) {
     const int64_t tokens = T::kStep ? 1 : p.T;
@@ -243,23 +320,23 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   gdn_##kind##_vk_##name##_k##K##_vt##VT##_##access
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
+#define JAX_GDN_WARPS_step 1
+#define JAX_GDN_WARPS_decode 4
+#define JAX_GDN_ROWS(kind, dtype, K, VT, access)                  \
+  Rows<dtype, K, VT / JAX_GDN_WARPS_##kind, JAX_GDN_WARPS_##kind, \
+       JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>
 // One block at least leaves the compiler all registers: it then issues the loads of a
-// short kernel first. A float32 state's tokens fit 16 blocks on a multiprocessor;
-// 16-bit ones, unpacked, would spill.
-#define JAX_GDN_BOUNDS(kind, name, K) (JAX_GDN_BLOCKS_##kind##_##name(K))
-#define JAX_GDN_BLOCKS_step_f32(K) 1
-#define JAX_GDN_BLOCKS_step_bf16(K) 1
-#define JAX_GDN_BLOCKS_decode_f32(K) (K <= 128 ? 16 : 0)
-#define JAX_GDN_BLOCKS_decode_bf16(K) 0
-#define JAX_GDN_BLOCKS_decode_f16(K) 0
+// short kernel first.
+#define JAX_GDN_BLOCKS_step(K) 1
+#define JAX_GDN_BLOCKS_decode(K) (K == 192 ? 3 : 4)
 #define JAX_GDN_IS_STREAMING_streaming true
 #define JAX_GDN_IS_STREAMING_plain false
-#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, access, max_states)                   \
-  extern "C" __global__ void __launch_bounds__(32, JAX_GDN_BOUNDS(kind, name, K))      \
-      JAX_GDN_NAME(kind, name, K, VT,                                                  \
-                   access)(const __grid_constant__ DecodeParams p) {                   \
-    Decode<Rows<dtype, K, VT, JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>>( \
-        p);                                                                            \
+#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, access, max_states)      \
+  extern "C" __global__ void __launch_bounds__(32 * JAX_GDN_WARPS_##kind, \
+                                               JAX_GDN_BLOCKS_##kind(K))  \
+      JAX_GDN_NAME(kind, name, K, VT,                                     \
+                   access)(const __grid_constant__ DecodeParams p) {      \
+    Decode<JAX_GDN_ROWS(kind, dtype, K, VT, access)>(p);                  \
   }
 #define JAX_GDN_LIST(kind, name, dtype, K, VT, access, max_states)         \
   {"gdn_" #kind "_vk_" #name "_k" #K "_vt" #VT "_" #access,                \
@@ -268,7 +345,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
    dtype,                                                                  \
    K,                                                                      \
    VT,                                                                     \
-   /*threads=*/32,                                                         \
+   32 * JAX_GDN_WARPS_##kind,                                              \
    JAX_GDN_IS_STEP_##kind,                                                 \
    max_states},
 
@@ -281,16 +358,18 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 #define JAX_GDN_FOR_EACH_LONG_STEP(X, K)                                                \
   X(step, bf16, DType::kBFloat16, K, 16, streaming, 4096)                               \
   X(step, bf16, DType::kBFloat16, K, 16, plain, kMany)
-#define JAX_GDN_FOR_EACH_DECODE(X, K, VT)                                               \
-  X(decode, f32, DType::kFloat32, K, VT, plain, kMany)                                  \
-  X(decode, bf16, DType::kBFloat16, K, VT, plain, kMany)                                \
-  X(decode, f16, DType::kFloat16, K, VT, plain, kMany)
+#define JAX_GDN_FOR_EACH_DECODE(X, K, VT, max_states)                                   \
+  X(decode, f32, DType::kFloat32, K, VT, plain, max_states)                             \
+  X(decode, bf16, DType::kBFloat16, K, VT, plain, max_states)                           \
+  X(decode, f16, DType::kFloat16, K, VT, plain, max_states)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_STEP(X, 64) JAX_GDN_FOR_EACH_STEP(X, 128)                            \
   JAX_GDN_FOR_EACH_STEP(X, 192) JAX_GDN_FOR_EACH_STEP(X, 256)                           \
   JAX_GDN_FOR_EACH_LONG_STEP(X, 64) JAX_GDN_FOR_EACH_LONG_STEP(X, 128)                  \
-  JAX_GDN_FOR_EACH_DECODE(X, 64, 16) JAX_GDN_FOR_EACH_DECODE(X, 128, 16)                \
-  JAX_GDN_FOR_EACH_DECODE(X, 192, 8) JAX_GDN_FOR_EACH_DECODE(X, 256, 8)
+  JAX_GDN_FOR_EACH_DECODE(X, 64, 16, 256) JAX_GDN_FOR_EACH_DECODE(X, 128, 16, 256)      \
+  JAX_GDN_FOR_EACH_DECODE(X, 192, 16, 256) JAX_GDN_FOR_EACH_DECODE(X, 256, 16, 256)     \
+  JAX_GDN_FOR_EACH_DECODE(X, 64, 64, kMany) JAX_GDN_FOR_EACH_DECODE(X, 128, 64, kMany)  \
+  JAX_GDN_FOR_EACH_DECODE(X, 192, 32, kMany) JAX_GDN_FOR_EACH_DECODE(X, 256, 32, kMany)
 // clang-format on
 
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)

@@ -49,6 +49,17 @@ __device__ __forceinline__ Factors NormFactors(const DecodeParams& p, float qq,
   return p.use_qk_l2norm ? Factors{q, k} : Factors{p.scale, 1.0f};
 }
 
+// What follows from a token's inputs. What normalises q and k is a factor on sums over
+// K, so that no row of the state waits for a norm.
+struct alignas(16) Gates {
+  float decay;      // exp(g), common to the head; 1 where each channel has its own
+  float beta;       // write strength
+  float qk;         // q.k of the normalised, scaled vectors
+  float k_factor;   // normalises k
+  float decayed_q;  // exp(g) times what normalises and scales q
+  float decayed_k;  // exp(g) times what normalises k
+};
+
 }  // namespace jax_gdn
 
 #endif  // JAX_GDN_CUDA_GATES_CUH_

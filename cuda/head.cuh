@@ -32,17 +32,6 @@ struct Place {
   }
 };
 
-// What follows from a token's inputs. What normalises q and k is a factor on sums over
-// K, so that no row of the state waits for a norm.
-struct alignas(16) Gates {
-  float decay;      // exp(g), common to the head; 1 where each channel has its own
-  float beta;       // write strength
-  float qk;         // q.k of the normalised, scaled vectors
-  float k_factor;   // normalises k
-  float decayed_q;  // exp(g) times what normalises and scales q
-  float decayed_k;  // exp(g) times what normalises k
-};
-
 // What the gates are made of: the part that is known before anything is summed.
 struct GateInputs {
   float qq, kk, qk;  // a lane's part of the sums of squares and of q.k

@@ -62,6 +62,11 @@ __device__ __forceinline__ void WaitForArrivals() {
   asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
 }
 
+// 9.7.9.25, cp.async.bulk.prefetch: asks the L2 cache for bytes, 16 a piece.
+__device__ __forceinline__ void PrefetchBulk(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes));
+}
+
 // No instruction: hides a value's origin from the compiler, which then computes
 // what follows from it again instead of keeping it in registers.
 __device__ __forceinline__ int64_t Recompute(int64_t x) {

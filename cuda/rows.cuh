@@ -1,4 +1,5 @@
-// A lane's part of VT rows of a state laid out [V, K], of K-vectors, and sums over K.
+// A lane's part of a warp's rows of a state laid out [V, K], of K-vectors, and sums
+// over K.
 #ifndef JAX_GDN_CUDA_ROWS_CUH_
 #define JAX_GDN_CUDA_ROWS_CUH_
 
@@ -7,10 +8,13 @@
 
 namespace jax_gdn {
 
-template <DType kState_, int K_, int VT_, bool kStreaming_, bool kStep_>
+template <DType kState_, int K_, int kWarpRows_, int kWarps_, bool kStreaming_,
+          bool kStep_>
 struct Rows {
   static constexpr DType kState = kState_;
-  static constexpr int K = K_, VT = VT_;
+  static constexpr int K = K_, kWarpRows = kWarpRows_, kWarps = kWarps_;
+  static constexpr int VT = kWarps * kWarpRows;
+  static constexpr int kThreads = 32 * kWarps;
   static constexpr bool kStep = kStep_;
   static constexpr int kWidth = 16 / kStateBytes<kState>;  // values in an access
   static constexpr int kAccesses = K / kWidth;             // of a row
@@ -20,7 +24,7 @@ struct Rows {
   static constexpr int kParts = kAccesses / kLanes;  // accesses of a lane and row
   static constexpr int kOwn = kParts * kWidth;       // values of a lane and row
   static constexpr int kRowsAtOnce = 32 / kLanes;
-  static constexpr int kRows = VT / kRowsAtOnce;  // of a lane
+  static constexpr int kRows = kWarpRows / kRowsAtOnce;  // of a lane
   // Lanes that are left with the sums of the same row.
   static constexpr int kSameRow = kLanes / kRows;
   static constexpr bool kStreaming = kStreaming_;  // see LoadState
@@ -67,6 +71,31 @@ __device__ __forceinline__ Vector<T> Widen(const RawVector<T>& raw, DType dtype)
   return vector;
 }
 
+// The part to and from shared memory: the first four values of all lanes, then the
+// next, so that neighbouring lanes meet no bank twice.
+template <typename T>
+__device__ __forceinline__ void PutOwn(const Vector<T>& from, float (&to)[T::K],
+                                       int lane) {
+  if (lane >= T::kLanes) return;
+#pragma unroll
+  for (int i = 0; i < T::kOwn; i += 4) {
+    *reinterpret_cast<float4*>(to + i * T::kLanes + 4 * lane) =
+        make_float4(from.x[i], from.x[i + 1], from.x[i + 2], from.x[i + 3]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Vector<T> GetOwn(const float (&from)[T::K], int lane) {
+  Vector<T> to;
+#pragma unroll
+  for (int i = 0; i < T::kOwn; i += 4) {
+    const float4 x =
+        *reinterpret_cast<const float4*>(from + i * T::kLanes + 4 * (lane % T::kLanes));
+    to.x[i] = x.x, to.x[i + 1] = x.y, to.x[i + 2] = x.z, to.x[i + 3] = x.w;
+  }
+  return to;
+}
+
 // A lane's part of a sum over K.
 template <typename T>
 __device__ __forceinline__ float DotOwn(const Vector<T>& x, const float* y) {
@@ -98,7 +127,7 @@ __device__ __forceinline__ void SumRows(float (&x)[T::kRows], int lane) {
   }
 }
 
-// Of the block's rows, the one whose sums the lane is left with.
+// Of the warp's rows, the one whose sums the lane is left with.
 template <typename T>
 __device__ __forceinline__ int OwnRow(int lane) {
   return lane % T::kLanes / T::kSameRow * T::kRowsAtOnce + lane / T::kLanes;

@@ -58,7 +58,7 @@ struct Thread {
 };
 
 template <int C>
-struct Columns {
+struct alignas(16) Columns {
   float x[C];
 };
 

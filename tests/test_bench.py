@@ -25,7 +25,8 @@ def test_writes_json_picture_and_table(tmp_path, capsys):
     assert main([*TINY, *files]) == 0
 
     printed = capsys.readouterr().out
-    assert printed.count("float32 VK") == 2
+    stepped = 2 if _bench.on_gpu() else 0  # a line a result, under command buffers
+    assert printed.count("float32 VK") == 2 + stepped
     assert "target 1.3" in printed
     assert "target 100" in printed
 

@@ -57,6 +57,7 @@ class Counters:
         self.traffic: dict[tuple[int, str], Traffic] = {}
         self.shared: dict[int, SharedTraffic] = collections.defaultdict(SharedTraffic)
         self.barriers = 0  # releases of a whole block
+        self.prefetched: list[tuple[int, int]] = []  # addresses and bytes
         self._keys: dict[bool, list[np.ndarray]] = {False: [], True: []}
         self._distinct: dict[tuple[str, bool], int] = {}
 

@@ -136,13 +136,14 @@ def decode(
     edit: Callable[[str], str] | None = None,
     edit_plan: Callable[[dict], dict] = lambda plan: plan,
     approximate_by: float = 0,
+    blocks: range | None = None,
 ) -> Result:
     """One `jax_gdn.decode` on the machine; `inputs` may hold slots.
 
     Slots that the call does not read hold nothing, as far as the machine knows; those
     that it does not write must stay unwritten. `kernel` is a symbol to take instead of
     the planned one. `edit` changes the kernel's PTX and `edit_plan` its launch, to
-    plant defects.
+    plant defects. `blocks` are those to run, by number; all of them by default.
     """
     arrays = dict(inputs)
     arrays["out"] = np.zeros(inputs["v"].shape, out_dtype or inputs["q"].dtype)
@@ -165,10 +166,12 @@ def decode(
     if edit is not None:
         text = edit(module.entry_text(plan["symbol"]))
         program = Program(module.parse(text)[plan["symbol"]])
+    whole = {"out": np.ones(len(inputs["q"]), bool), "state": written}
     return run_plan(
         edit_plan(plan),
         buffers,
-        written={"out": np.ones(len(inputs["q"]), bool), "state": written},
+        written=whole if blocks is None else None,
         program=program,
         approximate_by=approximate_by,
+        blocks=blocks,
     )

@@ -113,6 +113,10 @@ class Batch:
             "%ctaid.x": x.astype(np.uint32),
             "%ctaid.y": y.astype(np.uint32),
             "%ctaid.z": z.astype(np.uint32),
+            **{
+                f"%nctaid.{axis}": np.full(len(block), size, np.uint32)
+                for axis, size in zip("xyz", self.launch.grid, strict=True)
+            },
         }
 
     def site(self, instruction: Instruction, lanes: Lanes) -> Site:

@@ -92,16 +92,25 @@ class GlobalMemory:
 
     def _place(self, site: Site, addresses: np.ndarray, width: int) -> np.ndarray:
         """Where the accesses lie in the arena, after all checks of addresses."""
-        site.raise_if(addresses % np.uint64(width) != 0, fault.MISALIGNED, addresses)
+        widths = np.full(len(addresses), width)
+        buffer = self.check_pieces(site, addresses, widths, width)
+        return (addresses - self.starts[buffer]).astype(np.int64) + self.places[buffer]
+
+    def check_pieces(
+        self, site: Site, addresses: np.ndarray, widths: np.ndarray, alignment: int
+    ) -> np.ndarray:
+        """Returns the buffers' numbers; raises unless each piece lies in one."""
+        unaligned = (addresses | widths.astype(np.uint64)) % np.uint64(alignment) != 0
+        site.raise_if(unaligned, fault.MISALIGNED, addresses)
         buffer = np.searchsorted(self.starts, addresses, side="right") - 1
-        inside = (buffer >= 0) & (addresses + np.uint64(width) <= self.ends[buffer])
+        ends = addresses + widths.astype(np.uint64)
         site.raise_if(
-            ~inside,
+            (buffer < 0) | (ends > self.ends[buffer]),
             fault.OUT_OF_BOUNDS,
             addresses,
             lambda at: self._near(addresses[at]),
         )
-        return (addresses - self.starts[buffer]).astype(np.int64) + self.places[buffer]
+        return buffer
 
     def _near(self, address: np.uint64) -> str:
         before = np.flatnonzero(self.starts <= address)

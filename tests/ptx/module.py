@@ -60,7 +60,7 @@ class Instance:
     def row_threads(self) -> int:
         """Of a block, those that own a part of the state."""
         if self.layout == "VK":
-            return 32
+            return 32 if self.step else 128
         return self.VT // self.columns * self.row_groups
 
     @property
@@ -98,7 +98,7 @@ def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
     match = re.fullmatch(
         r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_"
-        r"(c\d+_g\d+(?:_gw)?|streaming|plain)",
+        r"(c\d+_g\d+(?:_gw|_cs)?|streaming|plain)",
         symbol,
     )
     if match is None:

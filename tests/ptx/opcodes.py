@@ -69,7 +69,7 @@ def _multiply_high(a, b):
 
 
 def _multiply_wide(a, b):
-    wide = f"{a.dtype.kind}8"
+    wide = f"{a.dtype.kind}{2 * a.itemsize}"
     return a.astype(wide) * b.astype(wide)
 
 
@@ -138,9 +138,11 @@ OPERATIONS: dict[str, Operation] = dict(
         _special("rsqrt.approx.f32", 1, floats.rsqrt),
         _special("div.approx.f32", 2, floats.div),
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
-        _integer("sub.s32", operator.sub),
-        _integer("min.s64", np.minimum),
-        *(_integer(name, operator.mul) for name in ("mul.lo.s64",)),
+        *(_integer(name, operator.sub) for name in ("sub.s32", "sub.s64")),
+        *(_integer(name, operator.mul) for name in ("mul.lo.s32", "mul.lo.s64")),
+        # By zero, what PTX leaves open is 0.
+        _integer("div.u32", operator.floordiv),
+        _integer("rem.u32", operator.mod),
         *(_integer(name, operator.and_) for name in ("and.b32", "and.b64", "and.pred")),
         *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),
         _integer("xor.pred", operator.xor),
@@ -152,6 +154,7 @@ OPERATIONS: dict[str, Operation] = dict(
         ),
         _integer("mul.hi.u32", _multiply_high),
         ("mul.wide.s32", Operation("s64", ("s32", "s32"), _multiply_wide, "integer")),
+        ("mul.wide.u16", Operation("u32", ("u16", "u16"), _multiply_wide, "integer")),
         ("mul.wide.u32", Operation("u64", ("u32", "u32"), _multiply_wide, "integer")),
         ("prmt.b32", Operation("b32", ("b32",) * 3, _permute_bytes, "integer")),
         *(
@@ -161,7 +164,7 @@ OPERATIONS: dict[str, Operation] = dict(
         *(_compare(f"setp.ne.{kind}", operator.ne) for kind in ("s16", "s32", "s64")),
         *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32", "s64")),
         *(_compare(f"setp.gt.{kind}", operator.gt) for kind in ("s32", "u32", "s64")),
-        _compare("setp.ge.s64", operator.ge),
+        *(_compare(f"setp.ge.{kind}", operator.ge) for kind in ("u32", "s64")),
         _compare("setp.le.s64", operator.le),
         *(
             (f"selp.{kind}", Operation(kind, (kind, kind, "pred"), _select, "integer"))

@@ -26,7 +26,10 @@ from ptx.parser import (
 )
 
 PARAM_BASE = 0x10000  # where the machine puts the arguments' bytes
-SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z")
+SPECIAL = (
+    "%tid.x",
+    *(f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"),
+)
 CACHE_HINTS = ("cs",)  # of ld.global and st.global; no effect on results
 CLASSES = {  # of the instructions that OPERATIONS leaves out
     "ld.param": "constant",
@@ -36,6 +39,8 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
     "st.shared": "shared",
     "shfl": "shuffle",
     "bar": "control",
+    "nanosleep": "control",
+    "cp": "control",
     "bra": "control",
     "ret": "control",
     "mov": "move",
@@ -43,6 +48,8 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
 }
 SHUFFLES = ("shfl.sync.bfly.b32", "shfl.sync.idx.b32")
 BARRIERS = ("bar.sync", "bar.arrive", "bar.warp.sync")
+PREFETCH = "cp.async.bulk.prefetch.L2.global"
+SLEEP = "nanosleep.u32"
 CONTROL = ("bra", "bra.uni", "ret", *BARRIERS, *SHUFFLES)
 
 MOVES = ("mov.u16", "mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32", "mov.pred")
@@ -185,7 +192,26 @@ class Compiler:
             return self.move(operands, opcode.split(".")[1])
         if opcode == "cvta.to.global.u64":  # generic and global addresses agree
             return self.move(operands, "u64")
+        if opcode == PREFETCH:
+            return self.prefetch(instruction)
+        if opcode == SLEEP:  # time does not pass
+            return lambda batch, lanes: None
         raise unknown(instruction)
+
+    def prefetch(self, instruction: Instruction) -> Step:
+        """Moves nothing, so that no thread can be too early or too late."""
+        place, size = instruction.operands
+        address, width = self.address(place, "u64"), self.getter(size, "u32")
+
+        def step(batch, lanes):
+            widths = np.broadcast_to(width(batch, lanes), len(lanes))
+            site = batch.site(instruction, lanes)
+            addresses = address(batch, lanes)
+            batch.memory.check_pieces(site, addresses, widths, 16)
+            pieces = zip(addresses.tolist(), widths.tolist(), strict=True)
+            batch.counters.prefetched.extend(pieces)
+
+        return step
 
     def arithmetic(self, instruction: Instruction) -> Step:
         """Of the table of operations."""

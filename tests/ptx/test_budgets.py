@@ -102,8 +102,8 @@ def test_every_state_access_is_of_full_sectors(one):
 def test_all_else_is_small_beside_the_state(layout, dtype):
     """For the largest tile of a float32 state: 3 %.
 
-    A block of "VK" has 8 rows (16 where not a "step"), over which q and k are shared,
-    not 64 columns: 9 %, which caches answer.
+    A "step" block of "VK" has 8 or 16 rows, over which q and k are shared, not 64: 9 %,
+    which caches answer.
     """
     case = Case(layout=layout, **dict.fromkeys(("q", "k", "v", "a", "b"), dtype))
     found = [o for o in INSTANCES if o.fits(case) and o.step == (dtype == "bfloat16")]
@@ -113,7 +113,8 @@ def test_all_else_is_small_beside_the_state(layout, dtype):
         for name in result.counters.buffers
     }
     share = sum(moved.values()) * SECTOR / (2 * result.arrays["state"].nbytes) - 1
-    assert share < (0.03 if layout == "KV" else 0.09)
+    is_small = layout == "VK" and dtype == "bfloat16"  # then it is a "step"
+    assert share < (0.09 if is_small else 0.03)
     # Eight bfloat16 values are half a sector.
     assert moved["out"] == max(result.arrays["out"].nbytes // SECTOR, blocks(result))
 
@@ -127,11 +128,12 @@ def test_no_bank_conflict(one):
         if traffic.conflicts
     }
     assert conflicts == {}
-    assert bool(result.counters.shared) == (one.layout == "KV")
+    assert bool(result.counters.shared) == (one.layout == "KV" or not one.step)
 
 
 @lengths(1, 4)
 def test_at_most_two_barriers_a_token(one, T):
     result = run(one, T)
-    allowed = 2 if one.layout == "KV" else 0
-    assert result.counters.barriers <= allowed * T * blocks(result)
+    # "VK" meets when a round of four tokens is staged.
+    allowed = 2 * T if one.layout == "KV" else 0 if one.step else 1
+    assert result.counters.barriers <= allowed * blocks(result)

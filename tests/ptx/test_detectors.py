@@ -5,6 +5,7 @@ import pytest
 
 from ptx import fault, fixtures
 from ptx.fault import FaultError
+from ptx.program import PREFETCH
 
 LAST = "st.global.u32 [%rd2], %r6; ret;"
 
@@ -48,6 +49,19 @@ def test_address_cut_to_32_bits():
         "cvt.u32.u64 %r6, %rd1; cvt.u64.u32 %rd4, %r6; ld.global.u32 %r6, [%rd4];"
         + LAST,
     )
+
+
+def test_prefetch_across_the_end():
+    first = f"setp.ne.s32 %p1, %r1, 0; @!%p1 {PREFETCH} [%rd1], 32; ret;"
+    enough = fixtures.run(first, data=np.zeros(8, np.uint32))
+    assert enough.counters.prefetched == [(fixtures.IN, 32)]
+    found = caught(fault.OUT_OF_BOUNDS, first, data=np.zeros(7, np.uint32))
+    assert (found.thread, found.address) == (0, fixtures.IN)
+
+
+@pytest.mark.parametrize("piece", ["[%rd1+4], 16", "[%rd1], 8"])
+def test_prefetch_of_what_is_no_piece(piece):
+    caught(fault.MISALIGNED, f"{PREFETCH} {piece}; ret;")
 
 
 def test_misaligned_global_access():

@@ -1,7 +1,6 @@
 """The kernels that ship, on the machine, judged as every implementation is."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +8,9 @@ from cases import CASES, DTYPES, Case
 from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 from ptx import launch, module
+from ptx.launch import FIRST_ADDRESS, SPACING
 from ptx.memory import Buffer
+from ptx.program import SLEEP
 
 pytestmark = pytest.mark.usefixtures("built")
 INSTANCES = module.instances()
@@ -50,7 +51,7 @@ def fitting(case: Case) -> list[str]:
 
 def test_these_are_all_instances():
     symbols = {one.symbol for one in INSTANCES}
-    assert len(symbols) == 75
+    assert len(symbols) == 92
     assert symbols == set(module.kernels())
 
 
@@ -94,11 +95,8 @@ def test_a_kernel_that_does_not_fit_is_refused(one):
                 run(case, kernel=one.symbol)
 
 
-@pytest.mark.parametrize(
-    ("layout", "state"),
-    [c for c in itertools.product(("KV", "VK"), DTYPES) if c != ("VK", "float16")],
-    ids=str,
-)
+@LAYOUTS
+@STATES
 @pytest.mark.parametrize("K", [64, 128, 192, 256])
 def test_every_kernel_has_the_same_bits(layout, state, K):
     case = dataclasses.replace(SMALL, K=K, V=K, layout=layout, state=state)
@@ -177,3 +175,45 @@ def test_offsets_beyond_32_bits(one):
     )
     whole = np.ones(1, bool)
     judge(case, launch.run_plan(plan, buffers, written={"out": whole, "state": whole}))
+
+
+def test_later_rows_are_asked_for():
+    """The L2 cache, for those of the block that comes 20 a multiprocessor later."""
+    one = module.instance_of("gdn_step_vk_f32_k64_vt8_plain")
+    B, HV, ahead = 43, 8, 20 * 132
+    slots = np.random.default_rng(0).permutation(B).astype(np.int32)
+    slots[-1] = -1
+    case = of_instance(one, B=B, H=HV, HV=HV)
+    inputs = case.inputs() | {"state_indices": slots}
+    options = {**case.settings, "out_dtype": case.out_dtype, "kernel": one.symbol}
+    # Of row 41, whose blocks start at 2624; of row 42; beyond the grid.
+    row = one.K * 4
+    for block in (0, 3, 47, 48, 111, 112, 500):
+        result = launch.decode(inputs, **options, blocks=range(block, block + 1))
+        n, hv, x = (ahead + block) // 64, (ahead + block) // 8 % 8, block % 8
+        expected = []
+        if n == 41:
+            at = ((int(slots[n]) * HV + hv) * 64 + 8 * x) * row
+            first = FIRST_ADDRESS + list(result.arrays).index("state") * SPACING
+            expected = [(first + at, 8 * row)]
+        assert result.counters.prefetched == expected
+
+
+@pytest.mark.parametrize(
+    ("symbol", "wave"),
+    [
+        ("gdn_decode_kv_f32_k64_vt64_c4_g8", 528),
+        ("gdn_decode_vk_f32_k64_vt64_plain", 528),
+        ("gdn_step_kv_f32_k64_vt64_c4_g16_cs", 264),
+    ],
+)
+def test_the_first_wave_of_a_large_grid_starts_apart(symbol, wave):
+    one = module.instance_of(symbol)
+    for B, slept in ((3 * wave // 8, False), (3 * wave // 8 + 1, True)):
+        case = of_instance(one, B=B, H=8, HV=8, T=1 if one.step else 2)
+        for block, in_first_wave in ((0, True), (wave - 1, True), (wave, False)):
+            result = run(case, kernel=symbol, blocks=range(block, block + 1))
+            code = result.program.kernel.code
+            sleeps = [pc for pc, i in enumerate(code) if i.opcode == SLEEP]
+            executed = [result.counters.executed[pc] for pc in sleeps]
+            assert any(executed) == (slept and in_first_wave)
