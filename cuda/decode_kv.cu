@@ -204,7 +204,9 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   __syncwarp();
   GateInputs gate_inputs;
   if (thread.warp == 0) {
-    gate_inputs = StageHead<T::K, true>(p, at, 0, thread.lane, in);
+    const RawHead<T::K> head = LoadHead<T::K, true>(p, at, 0, thread.lane);
+    __syncwarp();
+    gate_inputs = StageHead<T::K, true>(p, head, thread.lane, in);
   }
   Owned<T> state;
   state.Unpack(bits);
@@ -262,24 +264,36 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
   Finish<T>(p, at, thread, raw_v, entries, gates, sums, wanted, state);
 }
 
-// One warp stages what token t brings to the block.
+// What a token brings to the block, on its way to one warp.
 template <typename T>
-__device__ __forceinline__ void StageInputs(const DecodeParams& p, const Place& at,
-                                            int64_t t, int lane,
-                                            HeadInputs<T::K, false>& inputs,
-                                            Columns<T::VT>& v) {
-  const bool has_v = lane < T::VT / 4;
-  const int column = lane % T::kLanes * T::kColumns + lane / T::kLanes * 4;
-  Raw<4> raw_v = {};
-  if (has_v) {
-    const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
-    raw_v = LoadRaw<4>(p.v, head * p.V + at.first_column + column);
+struct RawInputs {
+  static constexpr int kLanesOfV = T::VT / 4;
+  Raw<4> v;
+  RawHead<T::K> head;
+
+  // The lane's four columns of v, in the order of PlaceOf.
+  __device__ __forceinline__ static int Column(int lane) {
+    return lane % T::kLanes * T::kColumns + lane / T::kLanes * 4;
   }
-  StageToken<T::K>(p, at, t, lane, inputs);
-  if (has_v) {
-    *reinterpret_cast<float4*>(v.x + PlaceOf<T>(column)) = Widen(raw_v, p.v.dtype);
+  __device__ __forceinline__ void LoadFrom(const DecodeParams& p, const Place& at,
+                                           int64_t t, int lane) {
+    if (lane < kLanesOfV) {
+      const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
+      v = LoadRaw<4>(p.v, head * p.V + at.first_column + Column(lane));
+    }
+    head = LoadHead<T::K, false>(p, at, t, lane);
   }
-}
+  __device__ __forceinline__ void Stage(const DecodeParams& p, const Place& at,
+                                        int64_t t, int lane,
+                                        HeadInputs<T::K, false>& to_head,
+                                        Columns<T::VT>& to_v) const {
+    StageToken<T::K>(p, at, t, lane, head, to_head);
+    if (lane < kLanesOfV) {
+      *reinterpret_cast<float4*>(to_v.x + PlaceOf<T>(Column(lane))) =
+          Widen(v, p.v.dtype);
+    }
+  }
+};
 
 // Any number of tokens, whose inputs are staged in shared memory.
 template <typename T>
@@ -292,10 +306,22 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
   __shared__ Columns<T::VT> v[T::kTokens];
   // Two, so that no warp waits for another to have read the last token's.
   __shared__ SharedSums<T> shared[2];
-  const auto stage = [&](int64_t first) {  // a token a warp
-    const int64_t t = first + thread.warp;
-    if (thread.warp >= T::kTokens || t >= p.T) return;
-    StageInputs<T>(p, at, t, thread.lane, inputs[thread.warp], v[thread.warp]);
+  const auto stage = [&](int64_t first) {
+    if (thread.warp >= T::kTokens) return;
+    // All loads before the first is looked at.
+    RawInputs<T> raw[T::kTokensOfWarp] = {};
+#pragma unroll
+    for (int i = 0; i < T::kTokensOfWarp; ++i) {
+      const int64_t t = first + thread.warp + i * T::kWarps;
+      if (t < p.T) raw[i].LoadFrom(p, at, t, thread.lane);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < T::kTokensOfWarp; ++i) {
+      const int slot = thread.warp + i * T::kWarps;
+      const int64_t t = first + slot;
+      if (t < p.T) raw[i].Stage(p, at, t, thread.lane, inputs[slot], v[slot]);
+    }
   };
   stage(0);
   Owned<T> state;
@@ -380,9 +406,10 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
    JAX_GDN_IS_STEP_##kind,                                                      \
    max_states},
 
-// Every tile, the smallest first: kind, state, K, VT, columns of a thread, row groups,
-// whether it has a gate warp, streaming, blocks on a multiprocessor, max_states. Tuned
-// at K = 128 on an H200; a larger K has no registers to share.
+// Every tile: kind, state, K, VT, columns of a thread, row groups, what else its name
+// says (_gw: it has a gate warp; _cs: the plain one's streaming twin), streaming,
+// blocks on a multiprocessor, max_states. Tuned at K = 128 on an H200; a larger K has
+// no registers to share.
 // clang-format off
 #define JAX_GDN_FOR_EACH_SMALL_TILE(X, K)                                               \
   X(step, f32, DType::kFloat32, K, 16, 4, 8, _gw, true, 1, 32)                          \
@@ -393,9 +420,9 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   X(step, f32, DType::kFloat32, K, 64, 4, 16, _cs, true, 1, 4096)                       \
   X(step, f32, DType::kFloat32, K, 64, 4, 16, , false, 1, kMany)                        \
   X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 1024)         \
-  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 256)                       \
+  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 128)                       \
   X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, kMany)     \
-  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 256)                         \
+  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 128)                         \
   X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, 1, kMany)
 // Where V, which is K, has such columns.
 #define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
@@ -404,7 +431,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
   X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 256)                          \
-  X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 256)                          \
+  X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 128)                          \
   X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_SMALL_TILE(X, 128)                                                   \

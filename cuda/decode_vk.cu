@@ -349,7 +349,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
    JAX_GDN_IS_STEP_##kind,                                                 \
    max_states},
 
-// Every instance, for the smallest grids first: kind, state, K, VT, access, max_states.
+// Every instance: kind, state, K, VT, access, max_states.
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
   X(step, f32, DType::kFloat32, K, 8, streaming, 4096)                                  \
@@ -366,8 +366,8 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   JAX_GDN_FOR_EACH_STEP(X, 64) JAX_GDN_FOR_EACH_STEP(X, 128)                            \
   JAX_GDN_FOR_EACH_STEP(X, 192) JAX_GDN_FOR_EACH_STEP(X, 256)                           \
   JAX_GDN_FOR_EACH_LONG_STEP(X, 64) JAX_GDN_FOR_EACH_LONG_STEP(X, 128)                  \
-  JAX_GDN_FOR_EACH_DECODE(X, 64, 16, 256) JAX_GDN_FOR_EACH_DECODE(X, 128, 16, 256)      \
-  JAX_GDN_FOR_EACH_DECODE(X, 192, 16, 256) JAX_GDN_FOR_EACH_DECODE(X, 256, 16, 256)     \
+  JAX_GDN_FOR_EACH_DECODE(X, 64, 16, 64) JAX_GDN_FOR_EACH_DECODE(X, 128, 16, 64)      \
+  JAX_GDN_FOR_EACH_DECODE(X, 192, 16, 64) JAX_GDN_FOR_EACH_DECODE(X, 256, 16, 64)     \
   JAX_GDN_FOR_EACH_DECODE(X, 64, 64, kMany) JAX_GDN_FOR_EACH_DECODE(X, 128, 64, kMany)  \
   JAX_GDN_FOR_EACH_DECODE(X, 192, 32, kMany) JAX_GDN_FOR_EACH_DECODE(X, 256, 32, kMany)
 // clang-format on

@@ -142,13 +142,11 @@ __device__ __forceinline__ void StageDecays(const DecodeParams& p, const Place& 
   }
 }
 
-// One warp stages q and k of token t.
+// One warp stages q and k of a token.
 template <int K, bool kStep>
-__device__ __forceinline__ GateInputs StageHead(const DecodeParams& p, const Place& at,
-                                                int64_t t, int lane,
+__device__ __forceinline__ GateInputs StageHead(const DecodeParams& p,
+                                                const RawHead<K>& raw, int lane,
                                                 HeadInputs<K, kStep>& to) {
-  const RawHead<K> raw = LoadHead<K, kStep>(p, at, t, lane);
-  __syncwarp();  // The compiler moves no access across.
   return WidenHead<K, kStep>(p, raw, [&](int j, const float2& q, const float2& k) {
     reinterpret_cast<float2*>(to.q)[32 * j + lane] = q;
     reinterpret_cast<float2*>(to.k)[32 * j + lane] = k;
@@ -158,9 +156,9 @@ __device__ __forceinline__ GateInputs StageHead(const DecodeParams& p, const Pla
 // One warp stages all of token t.
 template <int K>
 __device__ __forceinline__ void StageToken(const DecodeParams& p, const Place& at,
-                                           int64_t t, int lane,
+                                           int64_t t, int lane, const RawHead<K>& raw,
                                            HeadInputs<K, false>& to) {
-  const GateInputs inputs = StageHead<K, false>(p, at, t, lane, to);
+  const GateInputs inputs = StageHead<K, false>(p, raw, lane, to);
   const Gates gates = MakeGates<false>(p, inputs);
   StageDecays<K>(p, at, t, lane, inputs.A_log, gates.decay, to);
   if (lane == 0) to.gates = gates;

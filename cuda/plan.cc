@@ -46,17 +46,20 @@ bool Fits(const Kernel& kernel, const DecodeParams& params) {
 }
 
 // By the number of states alone: small tiles give a small batch enough blocks to fill
-// the chip; large ones read longer rows ("KV") or more of them ("VK").
+// the chip; large ones read longer rows ("KV") or more of them ("VK"). Of kernels that
+// were tuned for as many states, the one for the fewest; else the one for the most.
 const Kernel* ChooseKernel(const DecodeParams& params) {
   const int64_t states = params.B * params.HV;
+  const auto is_better = [&](const Kernel& a, const Kernel& b) {
+    if (a.step != b.step) return a.step;
+    const bool enough = a.max_states >= states;
+    if (enough != (b.max_states >= states)) return enough;
+    return enough == (a.max_states < b.max_states);
+  };
   const Kernel* chosen = nullptr;
-  for (bool step : {true, false}) {
-    for (const Kernel& kernel : DecodeKernels(params.layout)) {
-      if (kernel.step != step || !Fits(kernel, params)) continue;
-      chosen = &kernel;
-      if (states <= kernel.max_states) break;
-    }
-    if (chosen != nullptr) break;
+  for (const Kernel& kernel : DecodeKernels(params.layout)) {
+    if (!Fits(kernel, params)) continue;
+    if (chosen == nullptr || is_better(kernel, *chosen)) chosen = &kernel;
   }
   return chosen;
 }

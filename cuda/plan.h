@@ -37,7 +37,7 @@ struct LaunchPlan {
   size_t shared_bytes;  // dynamic; static shared memory belongs to the kernel
 };
 
-// Every compiled kernel for a layout, those for the smallest grids first.
+// Every compiled kernel for a layout.
 const std::vector<Kernel>& DecodeKernels(Layout layout);
 
 // A CUDA call that failed, or success.

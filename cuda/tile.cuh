@@ -26,8 +26,10 @@ struct Tile {
   static constexpr int kOwnClasses = kClasses / kRowGroups;  // of a thread
   static constexpr int kQuads = K / (4 * kClasses);          // of a class
   static constexpr int kRows = K / kRowGroups;               // of a thread
-  // Tokens whose inputs are staged at once, a warp each.
-  static constexpr int kTokens = kWarps < 4 ? kWarps : 4;
+  // Tokens whose inputs are staged at once: a warp each, or several where warps are
+  // few.
+  static constexpr int kTokensOfWarp = kWarps >= 4 ? 1 : K > 128 ? 2 : 4 / kWarps;
+  static constexpr int kTokens = kWarps >= 4 ? 4 : kWarps * kTokensOfWarp;
   static constexpr bool kStreaming = kStreaming_;  // see LoadState
   static constexpr int kMinBlocks = kMinBlocks_;   // on a multiprocessor
   // A 16-bit state stays as it is stored where one token is all there is to do.

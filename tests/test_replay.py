@@ -78,7 +78,7 @@ def test_graphs_hold_calls_over_all_states_in_turn(replay, monkeypatch):
     assert states[1:] == own * 3
     assert graph.calls == 6
     plans = {launch[:3] for launch in driver.launched}
-    assert plans == {(numbered[symbol].value, (128 // 16, 32, 16), 32)}
+    assert plans == {(numbered[symbol].value, (128 // 64, 32, 16), 128)}
 
     driver.launched.clear()
     (name,) = run.passes()

@@ -55,6 +55,23 @@ def test_these_are_all_instances():
     assert symbols == set(module.kernels())
 
 
+def chosen(one: module.Instance, states: int) -> str:
+    """The kernel planned for as many states as `one` computes."""
+    case = of_instance(one, B=1, H=1, HV=1, T=1 if one.step else 2)
+    arrays = case.inputs()
+    arrays["out"] = arrays["v"].astype(case.out_dtype)
+    operands = {}
+    for name, x in arrays.items():
+        shape = list(x.shape) if x.ndim == 1 else [states, *x.shape[1:]]
+        operands[name] = (1 << 44, str(x.dtype), shape)
+    return launch.plan_decode(operands, scale=1.0, state_layout=one.layout)["symbol"]
+
+
+@INSTANCE
+def test_every_kernel_is_chosen_for_some_number_of_states(one):
+    assert one.symbol in {chosen(one, 2**i) for i in range(14)}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_float64(case):
     judge(case, run(case))
