@@ -177,9 +177,9 @@ def main() -> None:
                 share = "" if part is None else f"host's share {part:4.0%}"
                 where = stayed[row["buffers_stayed"]]
                 print(f"  {name:28} {row['us_a_layer']:9.2f}  {share:17}  {where}")
-    if arguments.json:
-        report = {"machine": _bench_machine.machine(), "results": results}
-        _bench_report.write_json(report, arguments.json)
+            if arguments.json:  # what is measured so far
+                report = {"machine": _bench_machine.machine(), "results": results}
+                _bench_report.write_json(report, arguments.json)
 
 
 if __name__ == "__main__":
