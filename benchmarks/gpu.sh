@@ -29,14 +29,16 @@ tests() {
 }
 
 # Every tool over native calls of every form, at once. In XLA's own pool an access beyond
-# a buffer, or of what nobody wrote, would go unnoticed: so every buffer is cudaMalloc's.
+# a buffer, or of what nobody wrote, would go unnoticed, so every buffer is allocated for
+# itself: in pages of 2 MB by `platform`, of which memcheck would see all as there, to the
+# byte by `cuda_async`.
 sanitize() {
   local tool failed=0
   local -A running
   for tool in memcheck racecheck initcheck synccheck; do
-    local options=()
-    [ "$tool" = memcheck ] && options=(--padding 4096)
-    JAX_GDN_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=platform \
+    local options=() allocator=platform
+    [ "$tool" = memcheck ] && options=(--padding 4096) allocator=cuda_async
+    JAX_GDN_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=$allocator \
       compute-sanitizer --tool "$tool" "${options[@]}" \
       --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
       python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark \

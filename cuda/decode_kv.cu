@@ -26,18 +26,13 @@
 //
 // A "step" kernel is the same with what a decode loop has fixed: one token, V = K,
 // bfloat16 inputs and out, one decay a head. It has less to decide and to hold.
+#include "cuda/columns.cuh"
 #include "cuda/decode_kv.h"
 #include "cuda/entries.cuh"
 #include "cuda/waves.cuh"
 
 namespace jax_gdn {
 namespace {
-
-// Value channels of a head.
-template <typename T>
-__device__ __forceinline__ int ValueChannels(const DecodeParams& p) {
-  return T::kStep ? T::K : p.V;
-}
 
 // The thread's first row and column of a slot's state.
 template <typename T>
@@ -105,49 +100,6 @@ __device__ __forceinline__ void UpdateRows(const Entries& entries, float common_
   }
 }
 
-// A thread's values of v, on their way.
-template <typename T>
-struct RawV {
-  Raw<4> x[T::kColumns / 4];
-};
-
-template <typename T>
-__device__ __forceinline__ RawV<T> LoadV(const DecodeParams& p, const Place& at,
-                                         int64_t t, int column) {
-  const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
-  const int64_t first = head * ValueChannels<T>(p) + at.first_column + column;
-  RawV<T> raw;
-#pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    raw.x[c / 4] = LoadRaw<4, T::kStep>(p.v, first + c);
-  }
-  return raw;
-}
-
-template <typename T>
-__device__ __forceinline__ Columns<T::kColumns> WidenV(const DecodeParams& p,
-                                                       const RawV<T>& raw) {
-  Columns<T::kColumns> v;
-#pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    const float4 x = Widen(raw.x[c / 4], TypeOf<T::kStep>(p.v));
-    v.x[c] = x.x, v.x[c + 1] = x.y, v.x[c + 2] = x.z, v.x[c + 3] = x.w;
-  }
-  return v;
-}
-
-template <typename T>
-__device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
-                                         int64_t t, int column, const float* out) {
-  const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
-  const DType dtype = T::kStep ? DType::kBFloat16 : p.out.dtype;
-#pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    Store4({p.out.data, dtype},
-           head * ValueChannels<T>(p) + at.first_column + column + c, out + c);
-  }
-}
-
 // Stores out of the thread's columns, and returns u times what normalises k.
 template <typename T>
 __device__ __forceinline__ Columns<T::kColumns> Solve(
@@ -163,16 +115,6 @@ __device__ __forceinline__ Columns<T::kColumns> Solve(
   }
   if (thread.group == 0) StoreOut<T>(p, at, t, thread.column, out);
   return u;
-}
-
-// A row that is padding.
-template <typename T>
-__device__ __forceinline__ void StoreZeros(const DecodeParams& p, const Place& at,
-                                           int64_t tokens, const Thread<T>& thread) {
-  const float zeros[T::kColumns] = {};
-  for (int64_t t = 0; t < tokens && thread.group == 0; ++t) {
-    StoreOut<T>(p, at, t, thread.column, zeros);
-  }
 }
 
 // One token, from the thread's rows to the new state.
@@ -200,7 +142,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   typename T::Access bits[T::kRows];
   LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);
   __syncwarp();  // The compiler moves no access across.
-  const RawV<T> raw_v = LoadV<T>(p, at, 0, thread.column);
+  const RawV<T> raw_v = LoadV<T>(p, at, thread.column);
   __syncwarp();
   GateInputs gate_inputs;
   if (thread.warp == 0) {
@@ -248,7 +190,7 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
   }
   OwnEntries<T> entries;
   entries.LoadFrom(p, at.KeyRow<T::K, true>(p, 0), thread);
-  const RawV<T> raw_v = LoadV<T>(p, at, 0, thread.column);
+  const RawV<T> raw_v = LoadV<T>(p, at, thread.column);
   __syncwarp();  // The compiler moves no access across.
   typename T::Access bits[T::kRows];
   LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);
@@ -263,37 +205,6 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
   const Gates gates = shared_gates;
   Finish<T>(p, at, thread, raw_v, entries, gates, sums, wanted, state);
 }
-
-// What a token brings to the block, on its way to one warp.
-template <typename T>
-struct RawInputs {
-  static constexpr int kLanesOfV = T::VT / 4;
-  Raw<4> v;
-  RawHead<T::K> head;
-
-  // The lane's four columns of v, in the order of PlaceOf.
-  __device__ __forceinline__ static int Column(int lane) {
-    return lane % T::kLanes * T::kColumns + lane / T::kLanes * 4;
-  }
-  __device__ __forceinline__ void LoadFrom(const DecodeParams& p, const Place& at,
-                                           int64_t t, int lane) {
-    if (lane < kLanesOfV) {
-      const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
-      v = LoadRaw<4>(p.v, head * p.V + at.first_column + Column(lane));
-    }
-    head = LoadHead<T::K, false>(p, at, t, lane);
-  }
-  __device__ __forceinline__ void Stage(const DecodeParams& p, const Place& at,
-                                        int64_t t, int lane,
-                                        HeadInputs<T::K, false>& to_head,
-                                        Columns<T::VT>& to_v) const {
-    StageToken<T::K>(p, at, t, lane, head, to_head);
-    if (lane < kLanesOfV) {
-      *reinterpret_cast<float4*>(to_v.x + PlaceOf<T>(Column(lane))) =
-          Widen(v, p.v.dtype);
-    }
-  }
-};
 
 // Any number of tokens, whose inputs are staged in shared memory.
 template <typename T>

@@ -17,9 +17,10 @@
 // A butterfly in which a lane passes on only what it keeps no more leaves each lane
 // with the sums of one row, and u of all rows is one computation.
 //
-// A block is one warp, with VT rows, and computes gates, norms and q.k for itself. As
-// in decode_kv.cu, what normalises q and k is a factor on the sums, and a "step" kernel
-// is the same with what a decode loop has fixed.
+// A block of a "step" kernel, which is what a decode loop has fixed, is one warp, with
+// VT rows, and computes gates, norms and q.k for itself. Where there may be more tokens
+// it is four warps, each of which stages a token for all. As in decode_kv.cu, what
+// normalises q and k is a factor on the sums.
 #include "cuda/decode_vk.h"
 #include "cuda/rows.cuh"
 #include "cuda/waves.cuh"
@@ -327,6 +328,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
        JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>
 // One block at least leaves the compiler all registers: it then issues the loads of a
 // short kernel first.
+// Tokens of 16-bit states of K = 192 would spill with four.
 #define JAX_GDN_BLOCKS_step(K) 1
 #define JAX_GDN_BLOCKS_decode(K) (K == 192 ? 3 : 4)
 #define JAX_GDN_IS_STREAMING_streaming true

@@ -1,0 +1,102 @@
+// v and `out` of a thread's columns, and v of a block's, for states laid out [K, V].
+#ifndef JAX_GDN_CUDA_COLUMNS_CUH_
+#define JAX_GDN_CUDA_COLUMNS_CUH_
+
+#include "cuda/tile.cuh"
+
+namespace jax_gdn {
+
+// Value channels of a head.
+template <typename T>
+__device__ __forceinline__ int ValueChannels(const DecodeParams& p) {
+  return T::kStep ? T::K : p.V;
+}
+
+// A thread's values of v in a "step", on their way.
+template <typename T>
+struct RawV {
+  Raw<4> x[T::kColumns / 4];
+};
+
+template <typename T>
+__device__ __forceinline__ RawV<T> LoadV(const DecodeParams& p, const Place& at,
+                                         int column) {
+  const int64_t head = at.Token<T::kStep>(p, 0) * p.HV + at.hv;
+  const int64_t first = head * ValueChannels<T>(p) + at.first_column + column;
+  RawV<T> raw;
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    raw.x[c / 4] = LoadRaw<4, T::kStep>(p.v, first + c);
+  }
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ Columns<T::kColumns> WidenV(const DecodeParams& p,
+                                                       const RawV<T>& raw) {
+  Columns<T::kColumns> v;
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    const float4 x = Widen(raw.x[c / 4], TypeOf<T::kStep>(p.v));
+    v.x[c] = x.x, v.x[c + 1] = x.y, v.x[c + 2] = x.z, v.x[c + 3] = x.w;
+  }
+  return v;
+}
+
+// Stores `out` of the thread's columns.
+template <typename T>
+__device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
+                                         int64_t t, int column, const float* out) {
+  const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
+  const DType dtype = T::kStep ? DType::kBFloat16 : p.out.dtype;
+#pragma unroll
+  for (int c = 0; c < T::kColumns; c += 4) {
+    Store4({p.out.data, dtype},
+           head * ValueChannels<T>(p) + at.first_column + column + c, out + c);
+  }
+}
+
+// A row that is padding.
+template <typename T>
+__device__ __forceinline__ void StoreZeros(const DecodeParams& p, const Place& at,
+                                           int64_t tokens, const Thread<T>& thread) {
+  const float zeros[T::kColumns] = {};
+  for (int64_t t = 0; t < tokens && thread.group == 0; ++t) {
+    StoreOut<T>(p, at, t, thread.column, zeros);
+  }
+}
+
+// What a token brings to the block, on its way to one warp.
+template <typename T>
+struct RawInputs {
+  static constexpr int kLanesOfV = T::VT / 4;
+  Raw<4> v;
+  RawHead<T::K> head;
+
+  // The lane's four columns of v, in the order of PlaceOf.
+  __device__ __forceinline__ static int Column(int lane) {
+    return lane % T::kLanes * T::kColumns + lane / T::kLanes * 4;
+  }
+  __device__ __forceinline__ void LoadFrom(const DecodeParams& p, const Place& at,
+                                           int64_t t, int lane) {
+    if (lane < kLanesOfV) {
+      const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
+      v = LoadRaw<4>(p.v, head * p.V + at.first_column + Column(lane));
+    }
+    head = LoadHead<T::K, false>(p, at, t, lane);
+  }
+  __device__ __forceinline__ void Stage(const DecodeParams& p, const Place& at,
+                                        int64_t t, int lane,
+                                        HeadInputs<T::K, false>& to_head,
+                                        Columns<T::VT>& to_v) const {
+    StageToken<T::K>(p, at, t, lane, head, to_head);
+    if (lane < kLanesOfV) {
+      *reinterpret_cast<float4*>(to_v.x + PlaceOf<T>(Column(lane))) =
+          Widen(v, p.v.dtype);
+    }
+  }
+};
+
+}  // namespace jax_gdn
+
+#endif  // JAX_GDN_CUDA_COLUMNS_CUH_
