@@ -42,7 +42,8 @@ sanitize() {
       compute-sanitizer --tool "$tool" "${options[@]}" \
       --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
       python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark \
-      -k "native and not on_the_host" tests/test_decode.py tests/test_pools.py \
+      -k "native and not on_the_host or row_alone" \
+      tests/test_decode.py tests/test_pools.py tests/test_promises.py \
       > "$out/sanitize-$tool.log" 2>&1 &
     running[$tool]=$!
   done

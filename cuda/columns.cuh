@@ -21,23 +21,23 @@ struct RawV {
 template <typename T>
 __device__ __forceinline__ RawV<T> LoadV(const DecodeParams& p, const Place& at,
                                          int column) {
-  const int64_t head = at.Token<T::kStep>(p, 0) * p.HV + at.hv;
-  const int64_t first = head * ValueChannels<T>(p) + at.first_column + column;
+  static_assert(T::kStep);
+  const int64_t head = at.n * p.HV + at.hv;
+  const int64_t first = head * T::K + at.first_column + column;
   RawV<T> raw;
 #pragma unroll
   for (int c = 0; c < T::kColumns; c += 4) {
-    raw.x[c / 4] = LoadRaw<4, T::kStep>(p.v, first + c);
+    raw.x[c / 4] = LoadRaw<4, true>(p.v, first + c);
   }
   return raw;
 }
 
 template <typename T>
-__device__ __forceinline__ Columns<T::kColumns> WidenV(const DecodeParams& p,
-                                                       const RawV<T>& raw) {
+__device__ __forceinline__ Columns<T::kColumns> WidenV(const RawV<T>& raw) {
   Columns<T::kColumns> v;
 #pragma unroll
   for (int c = 0; c < T::kColumns; c += 4) {
-    const float4 x = Widen(raw.x[c / 4], TypeOf<T::kStep>(p.v));
+    const float4 x = Widen(raw.x[c / 4], DType::kBFloat16);
     v.x[c] = x.x, v.x[c + 1] = x.y, v.x[c + 2] = x.z, v.x[c + 3] = x.w;
   }
   return v;

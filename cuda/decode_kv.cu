@@ -125,7 +125,7 @@ __device__ __forceinline__ void Finish(const DecodeParams& p, const Place& at,
                                        const Sums<T::kColumns>& sums, int32_t wanted,
                                        Owned<T>& state) {
   const Columns<T::kColumns> u =
-      Solve<T>(p, at, 0, thread, WidenV<T>(p, raw_v), gates, sums);
+      Solve<T>(p, at, 0, thread, WidenV<T>(raw_v), gates, sums);
   state.ForgetUnpacked();
   UpdateRows<T>(entries, gates.decay, u.x, state);
   if (CheckSlot(p, wanted) == kNoSlot) return;
@@ -269,7 +269,10 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
-  if constexpr (T::VT >= 64) StartApart<512 / T::kThreads>();
+  // Measured at K = 128; larger states leave a multiprocessor one block or two.
+  if constexpr (T::VT >= 64 && T::K <= 128) {
+    StartApart<T::kMinBlocks == 1 ? 512 / T::kThreads : T::kMinBlocks>();
+  }
   const Thread<T> thread;
   const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
   const int32_t read = ReadSlot(p, at.n);
@@ -334,14 +337,14 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 128)                       \
   X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, kMany)     \
   X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 128)                         \
-  X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, 1, kMany)
-// Where V, which is K, has such columns.
+  X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, K <= 128 ? 2 : 1, kMany)
+// Where V, which is K, has such columns, and a thread the registers.
 #define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
   X(step, bf16, DType::kBFloat16, K, 128, 4, 8, _cs, true, 2, 4096)                     \
   X(step, bf16, DType::kBFloat16, K, 128, 4, 8, , false, 2, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 256)                          \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 128)                          \
   X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 128)                          \
   X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \

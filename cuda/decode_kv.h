@@ -8,7 +8,7 @@
 
 namespace jax_gdn {
 
-// Every compiled instance, one for each K and VT.
+// Every compiled instance.
 const std::vector<Kernel>& DecodeKVKernels();
 
 }  // namespace jax_gdn

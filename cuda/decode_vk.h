@@ -8,7 +8,7 @@
 
 namespace jax_gdn {
 
-// Every compiled instance, for each state dtype, K and VT.
+// Every compiled instance.
 const std::vector<Kernel>& DecodeVKKernels();
 
 }  // namespace jax_gdn

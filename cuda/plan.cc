@@ -54,7 +54,7 @@ const Kernel* ChooseKernel(const DecodeParams& params) {
     if (a.step != b.step) return a.step;
     const bool enough = a.max_states >= states;
     if (enough != (b.max_states >= states)) return enough;
-    return enough == (a.max_states < b.max_states);
+    return enough ? a.max_states < b.max_states : a.max_states > b.max_states;
   };
   const Kernel* chosen = nullptr;
   for (const Kernel& kernel : DecodeKernels(params.layout)) {

@@ -62,7 +62,8 @@ __device__ __forceinline__ void WaitForArrivals() {
   asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
 }
 
-// 9.7.9.25, cp.async.bulk.prefetch: asks the L2 cache for bytes, 16 a piece.
+// 9.7.9.25 (asynchronous copy), cp.async.bulk.prefetch: asks the L2 cache for bytes, a
+// multiple of 16.
 __device__ __forceinline__ void PrefetchBulk(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes));
 }

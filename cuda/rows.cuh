@@ -14,7 +14,6 @@ struct Rows {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, kWarpRows = kWarpRows_, kWarps = kWarps_;
   static constexpr int VT = kWarps * kWarpRows;
-  static constexpr int kThreads = 32 * kWarps;
   static constexpr bool kStep = kStep_;
   static constexpr int kWidth = 16 / kStateBytes<kState>;  // values in an access
   static constexpr int kAccesses = K / kWidth;             // of a row

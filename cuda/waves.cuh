@@ -6,7 +6,9 @@
 
 namespace jax_gdn {
 
-constexpr unsigned kMultiprocessors = 132;  // of H100 and H200; others only lose speed
+// Of H100 SXM and H200. Where there are more or fewer, as where a multiprocessor runs
+// more or fewer blocks than is said below, only speed differs.
+constexpr unsigned kMultiprocessors = 132;
 
 // Number of the block among all, which start in this order.
 __device__ __forceinline__ unsigned BlockNumber() {

@@ -194,6 +194,18 @@ POOL_CASES = [
         (3, (1, -1, 3, 5), ((0, 2, 4), (6, 6, 6), (-1, 3, -1), (5, -1, 99))),
     )
 ]
+# States enough for the tiles of full grids, and more tokens than are staged at once.
+TILE_CASES = [
+    Case(B=17, T=5, H=8, HV=8, K=K, V=64, layout=layout, state=state)
+    for layout, (K, state) in itertools.product(
+        LAYOUTS,
+        [*itertools.product((64, 128), DTYPES), (192, "float32"), (256, "float32")],
+    )
+]
+TILE_CASES += [
+    Case(B=129, H=8, HV=8, K=64, V=64),
+    Case(B=129, H=8, HV=8, state="bfloat16"),
+]
 CASES = (
     SHAPE_CASES
     + DTYPE_CASES
@@ -202,4 +214,5 @@ CASES = (
     + FORM_CASES
     + LAYOUT_CASES
     + POOL_CASES
+    + TILE_CASES
 )

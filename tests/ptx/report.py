@@ -133,7 +133,7 @@ def measure(symbol: str) -> Row:
         symbol=symbol,
         registers=resources.registers,
         spill_bytes=resources.local_bytes + resources.stack_bytes,
-        shared_bytes=resources.shared_bytes - SHARED_RESERVED,
+        shared_bytes=max(0, resources.shared_bytes - SHARED_RESERVED),
         resident_blocks=resident,
         state_in_flight=resident * state_bytes,
         state_sectors=round(state),

@@ -26,6 +26,10 @@ CASES = [
         if B == 2 or (T == 1 and state != "float16")
     ),
     *(
+        dataclasses.replace(EXACT, layout=layout, state=state, T=5, B=33, V=64)
+        for layout, state in itertools.product(LAYOUTS, ("float32", "bfloat16"))
+    ),
+    *(
         dataclasses.replace(EXACT, layout=layout, K=K, V=48, T=2, q="float32")
         for layout, K in itertools.product(LAYOUTS, (64, 192, 256))
     ),

@@ -243,9 +243,8 @@ def test_padding_is_not_padding(kernel):
 
 
 ROWS = dataclasses.replace(STEP_CASE, layout="VK")
-
-
 ROWS_KERNEL = "gdn_step_vk_f32_k64_vt8_streaming"
+ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_plain"
 
 
 def test_vk_state_store_one_access_off():
@@ -271,3 +270,12 @@ def test_vk_shuffle_in_part_of_a_warp():
     # The other lanes go on without what it brings.
     kinds = (fault.WARP_SYNC, fault.REGISTER)
     caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_vk_barrier_removed(which):
+    """Before the next tokens are staged, and after."""
+    case = dataclasses.replace(ROWS, T=8)
+    edit = edited(BARRIER, "", which)
+    found = caught_in_kernel(ROWS_LOOP, fault.SHARED_RACE, case=case, edit=edit)
+    assert "shared" in found.instruction

@@ -61,7 +61,8 @@ def test_prefetch_across_the_end():
 
 @pytest.mark.parametrize("piece", ["[%rd1+4], 16", "[%rd1], 8"])
 def test_prefetch_of_what_is_no_piece(piece):
-    caught(fault.MISALIGNED, f"{PREFETCH} {piece}; ret;")
+    first = f"setp.ne.s32 %p1, %r1, 0; @!%p1 {PREFETCH} {piece}; ret;"
+    assert caught(fault.MISALIGNED, first).thread == 0
 
 
 def test_misaligned_global_access():

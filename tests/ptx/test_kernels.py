@@ -86,12 +86,13 @@ def test_float64_whatever_approx_instructions_answer(case, approximate_by):
 @INSTANCE
 def test_every_instance(one):
     """Each with a pool, and several tokens, snapshots and a decay a channel."""
-    slots = {"N": 6, "reads": (4, -1)}
+    slots = {"N": 12, "reads": (4, -1)}
     if one.step:
         pool = of_instance(one, writes=(2, 3), **slots)
     else:
-        writes = ((1, 4), (2, 3))
-        pool = of_instance(one, T=2, per_channel=True, writes=writes, **slots)
+        # More tokens than are staged at once.
+        writes = ((1, 4, 6, 7, 8), (2, 3, 5, 9, 10))
+        pool = of_instance(one, T=5, per_channel=True, writes=writes, **slots)
     for case in (of_instance(one), pool):
         result = run(case, kernel=one.symbol)
         assert result.plan["symbol"] == one.symbol
@@ -196,21 +197,21 @@ def test_offsets_beyond_32_bits(one):
 
 def test_later_rows_are_asked_for():
     """The L2 cache, for those of the block that comes 20 a multiprocessor later."""
-    one = module.instance_of("gdn_step_vk_f32_k64_vt8_plain")
-    B, HV, ahead = 43, 8, 20 * 132
+    one = module.instance_of("gdn_step_vk_f32_k128_vt8_plain")
+    B, HV, ahead = 22, 8, 20 * 132
     slots = np.random.default_rng(0).permutation(B).astype(np.int32)
     slots[-1] = -1
     case = of_instance(one, B=B, H=HV, HV=HV)
     inputs = case.inputs() | {"state_indices": slots}
     options = {**case.settings, "out_dtype": case.out_dtype, "kernel": one.symbol}
-    # Of row 41, whose blocks start at 2624; of row 42; beyond the grid.
     row = one.K * 4
-    for block in (0, 3, 47, 48, 111, 112, 500):
+    # Of row 20, whose blocks end at 2688; of row 21; beyond the grid.
+    for block in (0, 3, 17, 47, 48, 111, 175, 176, 500):
         result = launch.decode(inputs, **options, blocks=range(block, block + 1))
-        n, hv, x = (ahead + block) // 64, (ahead + block) // 8 % 8, block % 8
+        n, hv, x = (ahead + block) // 128, (ahead + block) // 16 % 8, block % 16
         expected = []
-        if n == 41:
-            at = ((int(slots[n]) * HV + hv) * 64 + 8 * x) * row
+        if n == 20:
+            at = ((int(slots[n]) * HV + hv) * 128 + 8 * x) * row
             first = FIRST_ADDRESS + list(result.arrays).index("state") * SPACING
             expected = [(first + at, 8 * row)]
         assert result.counters.prefetched == expected
