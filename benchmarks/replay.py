@@ -323,10 +323,14 @@ def main() -> None:
                     f"{row['of_limit']:6.1%} {row['kernel'] or ''}",
                     flush=True,
                 )
-    if options.json:
-        machine = _bench_machine.machine() | {"gpu": _bench_machine.nvidia_smi()}
-        report = {"machine": machine, "results": results}
-        _bench_report.write_json(report, options.json)
+            if options.json:
+                write(results, options.json)
+
+
+def write(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes what is measured so far, and the clocks that the GPU then has."""
+    machine = _bench_machine.machine() | {"gpu": _bench_machine.nvidia_smi()}
+    _bench_report.write_json({"machine": machine, "results": results}, path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import json
 import sys
 import types
 from pathlib import Path
@@ -86,3 +87,24 @@ def test_graphs_hold_calls_over_all_states_in_turn(replay, monkeypatch):
     assert [launch[3] for launch in driver.launched] == own * 3
     accesses = 16 * 32 * 128 * 128 * 2 // 16
     assert driver.launched[0][1] == (accesses // 256, 1, 1)
+
+
+def test_what_is_measured_stays_when_the_run_is_cut_off(replay, monkeypatch, tmp_path):
+    measured = []
+
+    def measure(cuda, functions, B, dtype, options):
+        measured.append(B)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"B": B, "rows": {}}
+
+    for name in ("Cuda", "Functions"):
+        monkeypatch.setattr(replay, name, lambda *_: None)
+    monkeypatch.setattr(replay, "measure", measure)
+    data = tmp_path / "replay.json"
+    monkeypatch.setattr(
+        sys, "argv", ["replay.py", "--batch", "8", "1", "--json", str(data)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        replay.main()
+    assert [result["B"] for result in json.loads(data.read_text())["results"]] == [8]
