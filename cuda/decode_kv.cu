@@ -172,7 +172,8 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
 }
 
 // One token. A warp more makes the gates, threads load their own entries of q and k,
-// and all meet once: the fastest where a multiprocessor has few blocks.
+// and all meet once: the fastest where a multiprocessor has few blocks, and where a
+// thread has few rows.
 template <typename T>
 __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Place& at,
                                                 const Thread<T>& thread, int32_t read) {
@@ -331,8 +332,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 #define JAX_GDN_FOR_EACH_TILE(X, K)                                                     \
   X(step, f32, DType::kFloat32, K, 16, 4, 8, , true, 1, 256)                            \
   X(step, f32, DType::kFloat32, K, 64, 4, 8, , true, 1, 1024)                           \
-  X(step, f32, DType::kFloat32, K, 64, 4, 16, _cs, true, 1, 4096)                       \
-  X(step, f32, DType::kFloat32, K, 64, 4, 16, , false, 1, kMany)                        \
+  X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw, false, K <= 128 ? 2 : 1, kMany)      \
   X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 1024)         \
   X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 128)                       \
   X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, kMany)     \
@@ -344,7 +344,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   X(step, bf16, DType::kBFloat16, K, 128, 4, 8, , false, 2, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 128)                          \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 256)                          \
   X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 128)                          \
   X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
