@@ -80,6 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not configs:
         raise ValueError("jax-gdn bench: nothing to time; " + "; ".join(skipped))
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": arguments.seconds,
+        "machine": _bench_machine.machine(),
+        "cache": _cache(arguments.warm),
+        "results": [],
+        "skipped": skipped,
+    }
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=(len(configs) + 1) * ROUNDS)
 
@@ -87,29 +95,19 @@ def run(arguments: argparse.Namespace) -> int:
             progress.advance(task)
 
         progress.update(task, description="overhead")
-        overhead = _overhead(arguments.seconds, after_round)
-        results = []
+        report["overhead"] = _overhead(arguments.seconds, after_round)
         for config in configs:
             progress.update(task, description=f"{config.family}, B {config.B}")
-            results.append(
+            report["results"].append(
                 measure_config(config, arguments.seconds, arguments.warm, after_round)
             )
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": arguments.seconds,
-        "machine": _bench_machine.machine(),
-        "cache": _cache(arguments.warm),
-        "overhead": overhead,
-        "results": results,
-        "skipped": skipped,
-    }
+            if arguments.json:  # what is measured so far
+                _bench_report.write_json(report, arguments.json)
     # A file or a pipe has no width; rich would take 80.
     console = Console(width=None if sys.stdout.isatty() else 120)
     _bench_report.print_table(report, console)
     for line in skipped:
         console.print(line, highlight=False)
-    if arguments.json:
-        _bench_report.write_json(report, arguments.json)
     if arguments.plot:
         _bench_report.write_plot(report, arguments.plot)
     if arguments.readme:

@@ -56,6 +56,19 @@ def test_writes_json_picture_and_table(tmp_path, capsys):
     assert text.count("| 2/8 |") == 2
 
 
+def test_what_is_measured_stays_when_the_run_is_cut_off(monkeypatch, tmp_path):
+    def measure_config(config, *_):
+        if config.B == 2:
+            raise KeyboardInterrupt
+        return {"B": config.B}
+
+    monkeypatch.setattr(_bench_run, "measure_config", measure_config)
+    data = tmp_path / "bench.json"
+    with pytest.raises(KeyboardInterrupt):
+        main([*TINY, "--json", str(data)])
+    assert [result["B"] for result in json.loads(data.read_text())["results"]] == [1]
+
+
 class FakeChain:
     """Steps that take the times given, in turn, on a clock of its own."""
 
