@@ -172,8 +172,8 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
 }
 
 // One token. A warp more makes the gates, threads load their own entries of q and k,
-// and all meet once: the fastest where a multiprocessor has few blocks, and where a
-// thread has few rows.
+// and all meet once: the fastest where a multiprocessor has few blocks, and, at K = 128,
+// with 16 row groups.
 template <typename T>
 __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Place& at,
                                                 const Thread<T>& thread, int32_t read) {
@@ -270,7 +270,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
-  // Measured at K = 128; larger states leave a multiprocessor one block or two.
+  // Measured at K = 128.
   if constexpr (T::VT >= 64 && T::K <= 128) {
     StartApart<T::kMinBlocks == 1 ? 512 / T::kThreads : T::kMinBlocks>();
   }
@@ -323,8 +323,8 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 
 // Every tile: kind, state, K, VT, columns of a thread, row groups, what else its name
 // says (_gw: it has a gate warp; _cs: the plain one's streaming twin), streaming,
-// blocks on a multiprocessor, max_states. Tuned at K = 128 on an H200; a larger K has
-// no registers to share.
+// blocks on a multiprocessor, max_states. Tuned at K = 128 on an H200 and an H100; a
+// larger K has no registers to share.
 // clang-format off
 #define JAX_GDN_FOR_EACH_SMALL_TILE(X, K)                                               \
   X(step, f32, DType::kFloat32, K, 16, 4, 8, _gw, true, 1, 32)                          \
@@ -344,7 +344,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   X(step, bf16, DType::kBFloat16, K, 128, 4, 8, , false, 2, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 256)                          \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, K == 128 ? 256 : 128)         \
   X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 128)                          \
   X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \

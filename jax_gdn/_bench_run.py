@@ -80,10 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not configs:
         raise ValueError("jax-gdn bench: nothing to time; " + "; ".join(skipped))
-    report = {
+    report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": arguments.seconds,
-        "machine": _bench_machine.machine(),
         "cache": _cache(arguments.warm),
         "results": [],
         "skipped": skipped,
@@ -101,7 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
             report["results"].append(
                 measure_config(config, arguments.seconds, arguments.warm, after_round)
             )
-            if arguments.json:  # what is measured so far
+            # What is measured so far, and the clocks that the machine then has.
+            report["machine"] = _bench_machine.machine()
+            if arguments.json:
                 _bench_report.write_json(report, arguments.json)
     # A file or a pipe has no width; rich would take 80.
     console = Console(width=None if sys.stdout.isatty() else 120)

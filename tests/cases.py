@@ -203,7 +203,9 @@ TILE_CASES = [
     )
 ]
 TILE_CASES += [
+    Case(B=33, state="bfloat16"),
     Case(B=129, H=8, HV=8, K=64, V=64),
+    Case(B=129, H=8, HV=8),
     Case(B=129, H=8, HV=8, state="bfloat16"),
 ]
 CASES = (

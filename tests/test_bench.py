@@ -63,6 +63,7 @@ def test_what_is_measured_stays_when_the_run_is_cut_off(monkeypatch, tmp_path):
         return {"B": config.B}
 
     monkeypatch.setattr(_bench_run, "measure_config", measure_config)
+    monkeypatch.setattr(_bench_run, "_overhead", lambda *_: {})
     data = tmp_path / "bench.json"
     with pytest.raises(KeyboardInterrupt):
         main([*TINY, "--json", str(data)])

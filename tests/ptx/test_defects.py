@@ -18,15 +18,15 @@ GATE_WARP = pytest.mark.parametrize(
     ("kernel", "threads"), [("gdn_step_kv_f32_k128_vt16_c4_g8_gw", 64), (APART, 288)]
 )
 STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS])  # q and k
-WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, and several
+WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, in several warps
+GATES = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:], APART])  # handed on
 STEP_CASE = Case(B=2, H=1, HV=2, K=64, V=64)
 LOOP_CASE = dataclasses.replace(STEP_CASE, q="float32", k="float32")
 
 
-def case_of(kernel: str, case: Case | None = None) -> Case:
-    case = case or (LOOP_CASE if "decode" in kernel else STEP_CASE)
+def case_of(kernel: str) -> Case:
     K = module.instance_of(kernel).K
-    return case if K == case.K else dataclasses.replace(case, K=K, V=K)
+    return dataclasses.replace(LOOP_CASE if "decode" in kernel else STEP_CASE, K=K, V=K)
 
 
 def edited(pattern: str, replacement: str, which: int = 0):
@@ -72,7 +72,7 @@ def edited_store(kernel: str, replacement: str, which: int = 0):
 def caught_in_kernel(
     kernel: str, *kinds: str, case: Case | None = None, **edits
 ) -> FaultError:
-    case = case_of(kernel, case)
+    case = case or case_of(kernel)
     inputs = case.inputs() | case.slots
     options = {**case.settings, "out_dtype": case.out_dtype, "kernel": kernel}
     with pytest.raises(FaultError) as caught:
@@ -98,7 +98,7 @@ def test_barrier_removed(kernel, which):
 
 
 @GATE_WARP
-def test_barrier_at_which_gates_are_handed_on_removed(kernel, threads):
+def test_meeting_with_the_gate_warp_removed(kernel, threads):
     edit = edited(rf"bar\.sync\s+1, {threads};", "")
     caught_in_kernel(kernel, fault.SHARED_RACE, edit=edit)
 
@@ -158,6 +158,13 @@ def test_shared_index_one_off(kernel):
     caught_in_kernel(kernel, fault.SHARED_RACE, fault.UNINITIALISED, edit=edit)
 
 
+def test_sums_one_column_off():
+    # The last of a warp's lands on the next warp's first, whose own is missing.
+    edit = edited(r"(st\.shared\.v4\.f32) \[(%r\d+)\]", r"\1 [\2+16]")
+    kinds = fault.SHARED_RACE, fault.UNINITIALISED
+    caught_in_kernel(APART, *kinds, edit=edit)
+
+
 @KERNELS
 def test_row_of_the_state_not_written(kernel):
     edit = edited_store(kernel, "")
@@ -174,7 +181,7 @@ def test_out_not_written(kernel):
     assert "out" in found.detail
 
 
-@WARPS
+@GATES
 def test_gates_not_staged(kernel):
     edit = edited(r"st\.shared\.v4\.f32 [^;]*;", "")
     caught_in_kernel(kernel, fault.UNINITIALISED, edit=edit)
