@@ -293,6 +293,29 @@ def test_compare_says_what_it_was_asked_but_not_where_the_file_lies(
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize("script", ["picture"], indirect=True)
+def test_picture_shows_each_implementation_beside_its_own_pass(script, tmp_path):
+    def row(peer, B, **what):
+        return {"peer": peer, "B": B, **what}
+
+    rows = [
+        row("in-place pass, float32", 8, median=9.0),
+        row("in-place pass, bfloat16", 8, median=4.0),
+        row("jax_gdn native", 8, median=10.0),
+        row("jax_gdn native, V-major, bfloat16", 8, median=5.0),
+        row("FlashInfer, bfloat16 state", 8, median=8.0),
+        row("lalamo (Pallas)", 8, note="not installed"),
+        row("jax_gdn native", 16, median=20.0),  # the run ended before its pass
+    ]
+    assert script.lines(rows, "float32") == {"decode, KV": {8: 90}}
+    bfloat16 = {"decode, VK": {8: 80}, "FlashInfer": {8: 50}}
+    assert script.lines(rows, "bfloat16") == bfloat16
+
+    picture = tmp_path / "p.png"
+    script.draw({"rows": rows, "machine": {"device": "x", "jax": "y"}}, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("script", ["layers"], indirect=True)
 def test_layers_keep_their_states(script, monkeypatch):
     monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
