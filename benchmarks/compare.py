@@ -83,8 +83,11 @@ def chain_of(
     step: _bench.Step, states: list[Any], rests: list[Any], compiled: bool = False
 ) -> Any:
     if ON_GPU:
-        chain = _bench_run.compiled_chain if compiled else _bench.DeviceChain
-        return chain(step, states, rests, compiler_options=_bench.COMMAND_BUFFERS)
+        if compiled:  # with the options that XLA has for its own
+            return _bench_run.compiled_chain(step, states, rests)
+        return _bench.DeviceChain(
+            step, states, rests, compiler_options=_bench.COMMAND_BUFFERS
+        )
     return _bench.SteppedChain(step, states[:1], rests[:1])
 
 

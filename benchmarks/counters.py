@@ -43,7 +43,7 @@ CASES = [
         *((1, 2, 4, 1), (5, 16, 32, 1), (9, 16, 32, 1), (33, 16, 32, 1)),
         (2, 2, 4, 4),
     )
-    if layout == "KV" or B != 9  # "VK" has a tile less
+    if layout == "KV" or B != 9  # "VK" takes the tile of B = 5 there
 ]
 
 

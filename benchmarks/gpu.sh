@@ -55,27 +55,29 @@ sanitize() {
 }
 
 bench() {
-  python -m jax_gdn bench --full --json "$out/bench.json" --plot "$out/bench.png" &&
-    python -m jax_gdn bench --warm --batch 1 8 --json "$out/bench-warm.json"
+  python -m jax_gdn bench --batch 1 8 64 512 --layout KV VK --seconds 2 \
+    --json "$out/bench.json" --plot "$out/bench.png" &&
+    python -m jax_gdn bench --warm --batch 1 8 --seconds 2 --json "$out/bench-warm.json"
 }
 
 compare() {
   local script=benchmarks/compare.py
   python $script --defects --json "$out/defects.json" &&
-    python $script --batch 1 8 32 64 256 512 --json "$out/compare.json" &&
-    python $script --batch 1 8 --warm --json "$out/compare-warm.json"
+    python $script --batch 512 256 64 1 8 32 --seconds 3 --json "$out/compare.json" &&
+    python benchmarks/picture.py "$out/compare.json" "$out/compare.png" &&
+    python $script --batch 1 8 --warm --seconds 2 --json "$out/compare-warm.json"
 }
 
 replay() {
   python benchmarks/replay.py --state-dtype float32 bfloat16 --tokens 1 4 \
-    --json "$out/replay.json"
+    --seconds 0.5 --json "$out/replay.json"
 }
 
 run() {
   case $1 in
     test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
     counters) python benchmarks/counters.py --json "$out/counters.json" ;;
-    layers) python benchmarks/layers.py --json "$out/layers.json" ;;
+    layers) python benchmarks/layers.py --seconds 1.5 --json "$out/layers.json" ;;
     accuracy) python benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;
     build | sanitize | replay | bench | compare) "$1" ;;
     *) echo "gpu.sh: no part $1" && return 2 ;;

@@ -223,9 +223,7 @@ class Lalamo:
         ]
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
-        chain = _bench_run.compiled_chain(
-            step, states, rests, compiler_options=_bench.COMMAND_BUFFERS
-        )
+        chain = _bench_run.compiled_chain(step, states, rests)
         self.run, self.wait, self.calls = chain.run, chain.wait, chain.calls
 
 

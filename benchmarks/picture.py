@@ -55,7 +55,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.legend(
             fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12)
         )
-    panels[0].set(ylabel="percent of an in-place pass", ylim=(0, 105))
+    panels[0].set(ylabel="percent of an in-place pass", ylim=(0, None))
     machine = report["machine"]
     figure.suptitle(
         f"{machine['device']}; jax {machine['jax']}; 16/32 heads, one token"

@@ -172,8 +172,8 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
 }
 
 // One token. A warp more makes the gates, threads load their own entries of q and k,
-// and all meet once: the fastest where a multiprocessor has few blocks, and, at K = 128,
-// with 16 row groups.
+// and all meet once: the fastest where a multiprocessor has few blocks, and with 16 row
+// groups (both measured at K = 128).
 template <typename T>
 __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Place& at,
                                                 const Thread<T>& thread, int32_t read) {

@@ -304,10 +304,12 @@ def test_picture_shows_each_implementation_beside_its_own_pass(script, tmp_path)
         row("jax_gdn native", 8, median=10.0),
         row("jax_gdn native, V-major, bfloat16", 8, median=5.0),
         row("FlashInfer, bfloat16 state", 8, median=8.0),
+        row("jax_gdn XLA form, donated", 8, median=90.0),
         row("lalamo (Pallas)", 8, note="not installed"),
         row("jax_gdn native", 16, median=20.0),  # the run ended before its pass
     ]
-    assert script.lines(rows, "float32") == {"decode, KV": {8: 90}}
+    float32 = {"decode, KV": {8: 90}, "XLA form, donated": {8: 10}}
+    assert script.lines(rows, "float32") == float32
     bfloat16 = {"decode, VK": {8: 80}, "FlashInfer": {8: 50}}
     assert script.lines(rows, "bfloat16") == bfloat16
 

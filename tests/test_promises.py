@@ -32,11 +32,15 @@ def test_repeats_bitwise(B):
         assert list(map(bits, jax_gdn.decode(*arrays))) == list(map(bits, first))
 
 
-# The last two fill a GPU many times over.
+# The last four fill a GPU many times over: the kernels for the most states.
 @pytest.mark.parametrize(
     "case",
     [Case(B=33), Case(B=5, H=1, HV=3, K=64, V=48)]
-    + [Case(B=600, H=8, HV=8, K=64, V=64, layout=layout) for layout in ("KV", "VK")],
+    + [
+        Case(B=520, H=8, HV=8, layout=layout, state=state)
+        for layout in ("KV", "VK")
+        for state in ("float32", "bfloat16")
+    ],
 )
 def test_row_alone_equals_row_in_batch(case):
     arrays = case.inputs()

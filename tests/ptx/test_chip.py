@@ -28,6 +28,7 @@ CASES = [
     # Of others, what only these numbers of states take.
     dataclasses.replace(EXACT, state="bfloat16", B=33),
     dataclasses.replace(EXACT, B=257),
+    dataclasses.replace(EXACT, state="bfloat16", B=257),
     *(
         dataclasses.replace(EXACT, layout=layout, state=state, T=5, B=33, V=64)
         for layout, state in itertools.product(LAYOUTS, ("float32", "bfloat16"))
