@@ -55,7 +55,7 @@ sanitize() {
 }
 
 bench() {
-  python -m jax_gdn bench --batch 1 8 64 512 --layout KV VK --seconds 2 \
+  python -m jax_gdn bench --batch 1 8 64 256 512 --layout KV VK --seconds 2 \
     --json "$out/bench.json" --plot "$out/bench.png" &&
     python -m jax_gdn bench --warm --batch 1 8 --seconds 2 --json "$out/bench-warm.json"
 }
