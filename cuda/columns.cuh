@@ -15,7 +15,7 @@ __device__ __forceinline__ int ValueChannels(const DecodeParams& p) {
 // A thread's values of v in a "step", on their way.
 template <typename T>
 struct RawV {
-  Raw<4> x[T::kColumns / 4];
+  Raw<T::kPiece> x[T::kColumns / T::kPiece];
 };
 
 template <typename T>
@@ -26,8 +26,8 @@ __device__ __forceinline__ RawV<T> LoadV(const DecodeParams& p, const Place& at,
   const int64_t first = head * T::K + at.first_column + column;
   RawV<T> raw;
 #pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    raw.x[c / 4] = LoadRaw<4, true>(p.v, first + c);
+  for (int c = 0; c < T::kColumns; c += T::kPiece) {
+    raw.x[c / T::kPiece] = LoadRaw<T::kPiece, true>(p.v, first + c);
   }
   return raw;
 }
@@ -36,9 +36,9 @@ template <typename T>
 __device__ __forceinline__ Columns<T::kColumns> WidenV(const RawV<T>& raw) {
   Columns<T::kColumns> v;
 #pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    const float4 x = Widen(raw.x[c / 4], DType::kBFloat16);
-    v.x[c] = x.x, v.x[c + 1] = x.y, v.x[c + 2] = x.z, v.x[c + 3] = x.w;
+  for (int c = 0; c < T::kColumns; c += T::kPiece) {
+    reinterpret_cast<typename T::Piece&>(v.x[c]) =
+        Widen(raw.x[c / T::kPiece], DType::kBFloat16);
   }
   return v;
 }
@@ -46,13 +46,15 @@ __device__ __forceinline__ Columns<T::kColumns> WidenV(const RawV<T>& raw) {
 // Stores `out` of the thread's columns.
 template <typename T>
 __device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
-                                         int64_t t, int column, const float* out) {
+                                         int64_t t, int column,
+                                         const Columns<T::kColumns>& out) {
   const int64_t head = at.Token<T::kStep>(p, t) * p.HV + at.hv;
   const DType dtype = T::kStep ? DType::kBFloat16 : p.out.dtype;
 #pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    Store4({p.out.data, dtype},
-           head * ValueChannels<T>(p) + at.first_column + column + c, out + c);
+  for (int c = 0; c < T::kColumns; c += T::kPiece) {
+    Store<T::kPiece>({p.out.data, dtype},
+                     head * ValueChannels<T>(p) + at.first_column + column + c,
+                     reinterpret_cast<const typename T::Piece&>(out.x[c]));
   }
 }
 
@@ -60,7 +62,7 @@ __device__ __forceinline__ void StoreOut(const DecodeParams& p, const Place& at,
 template <typename T>
 __device__ __forceinline__ void StoreZeros(const DecodeParams& p, const Place& at,
                                            int64_t tokens, const Thread<T>& thread) {
-  const float zeros[T::kColumns] = {};
+  const Columns<T::kColumns> zeros = {};
   for (int64_t t = 0; t < tokens && thread.group == 0; ++t) {
     StoreOut<T>(p, at, t, thread.column, zeros);
   }

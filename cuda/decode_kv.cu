@@ -105,12 +105,11 @@ template <typename T>
 __device__ __forceinline__ Columns<T::kColumns> Solve(
     const DecodeParams& p, const Place& at, int64_t t, const Thread<T>& thread,
     const Columns<T::kColumns>& v, const Gates& gates, const Sums<T::kColumns>& sums) {
-  Columns<T::kColumns> u;
-  float out[T::kColumns];
+  Columns<T::kColumns> u, out;
 #pragma unroll
   for (int c = 0; c < T::kColumns; ++c) {
     const float u_c = gates.beta * fmaf(-gates.decayed_k, sums.p.x[c], v.x[c]);
-    out[c] = fmaf(gates.qk, u_c, gates.decayed_q * sums.r.x[c]);
+    out.x[c] = fmaf(gates.qk, u_c, gates.decayed_q * sums.r.x[c]);
     u.x[c] = gates.k_factor * u_c;
   }
   if (thread.group == 0) StoreOut<T>(p, at, t, thread.column, out);
@@ -171,9 +170,8 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   Finish<T>(p, at, thread, raw_v, entries, gates, sums, wanted, state);
 }
 
-// One token. A warp more makes the gates, threads load their own entries of q and k,
-// and all meet once: the fastest where a multiprocessor has few blocks, and with 16 row
-// groups (both measured at K = 128).
+// One token. A warp more makes the gates, and then asks for a later block's rows;
+// threads load their own entries of q and k, and all meet once.
 template <typename T>
 __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Place& at,
                                                 const Thread<T>& thread, int32_t read) {
@@ -187,14 +185,16 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
     const Gates gates = MakeGates<true>(p, WidenHead<T::K, true>(p, head, none));
     if (thread.lane == 0) shared_gates = gates;
     __syncwarp();  // A warp arrives as one.
-    return Arrive<T::kThreads>();
+    Arrive<T::kThreads>();
+    return PrefetchLater<T>(p, thread.lane);
   }
-  OwnEntries<T> entries;
-  entries.LoadFrom(p, at.KeyRow<T::K, true>(p, 0), thread);
-  const RawV<T> raw_v = LoadV<T>(p, at, thread.column);
-  __syncwarp();  // The compiler moves no access across.
   typename T::Access bits[T::kRows];
   LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);
+  __syncwarp();  // The compiler moves no access across.
+  const RawV<T> raw_v = LoadV<T>(p, at, thread.column);
+  __syncwarp();
+  OwnEntries<T> entries;
+  entries.LoadFrom(p, at.KeyRow<T::K, true>(p, 0), thread);
   const int32_t wanted = WantedSlot(p, at.n, 0, read);
   __syncwarp();
   Owned<T> state;
@@ -271,9 +271,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
   // Measured at K = 128.
-  if constexpr (T::VT >= 64 && T::K <= 128) {
-    StartApart<T::kMinBlocks == 1 ? 512 / T::kThreads : T::kMinBlocks>();
-  }
+  if constexpr (!T::kStep && T::VT >= 64 && T::K <= 128) StartApart<T::kMinBlocks>();
   const Thread<T> thread;
   const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
   const int32_t read = ReadSlot(p, at.n);
@@ -293,67 +291,73 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 // A kernel under a name that reads well in a profiler; see Kernel.
 #define JAX_GDN_NAME(kind, name, K, VT, C, G, extra) \
   gdn_##kind##_kv_##name##_k##K##_vt##VT##_c##C##_g##G##extra
-#define JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks) \
-  Tile<dtype, K, VT, C, G, streaming, blocks, JAX_GDN_IS_STEP_##kind,    \
-       JAX_GDN_GATES##extra>
+#define JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks, ahead) \
+  Tile<dtype, K, VT, C, G, streaming, blocks, JAX_GDN_IS_STEP_##kind,           \
+       JAX_GDN_GATES##extra, K == 128 ? ahead : 0>
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
 #define JAX_GDN_GATES false
 #define JAX_GDN_GATES_gw true
-#define JAX_GDN_GATES_cs false
-#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, C, G, extra, streaming, blocks,    \
-                       max_states)                                                  \
-  extern "C" __global__ void __launch_bounds__(                                     \
-      (JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks)::kThreads), \
-      (blocks)) JAX_GDN_NAME(kind, name, K, VT, C, G,                               \
-                             extra)(const __grid_constant__ DecodeParams p) {       \
-    Decode<JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks)>(p);    \
+#define JAX_GDN_GATES_gw_cs true
+#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, C, G, extra, streaming, blocks,     \
+                       ahead, max_states)                                            \
+  extern "C" __global__ void __launch_bounds__(                                      \
+      (JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks,              \
+                    ahead)::kThreads),                                               \
+      (blocks)) JAX_GDN_NAME(kind, name, K, VT, C, G,                                \
+                             extra)(const __grid_constant__ DecodeParams p) {        \
+    Decode<JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks, ahead)>( \
+        p);                                                                          \
   }
-#define JAX_GDN_LIST(kind, name, dtype, K, VT, C, G, extra, streaming, blocks,  \
-                     max_states)                                                \
-  {"gdn_" #kind "_kv_" #name "_k" #K "_vt" #VT "_c" #C "_g" #G #extra,          \
-   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, C, G, extra)), \
-   Layout::kKV,                                                                 \
-   dtype,                                                                       \
-   K,                                                                           \
-   VT,                                                                          \
-   JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks)::kThreads,  \
-   JAX_GDN_IS_STEP_##kind,                                                      \
+#define JAX_GDN_LIST(kind, name, dtype, K, VT, C, G, extra, streaming, blocks, ahead, \
+                     max_states)                                                      \
+  {"gdn_" #kind "_kv_" #name "_k" #K "_vt" #VT "_c" #C "_g" #G #extra,                \
+   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, C, G, extra)),       \
+   Layout::kKV,                                                                       \
+   dtype,                                                                             \
+   K,                                                                                 \
+   VT,                                                                                \
+   JAX_GDN_TILE(kind, dtype, K, VT, C, G, extra, streaming, blocks, ahead)::kThreads, \
+   JAX_GDN_IS_STEP_##kind,                                                            \
    max_states},
 
 // Every tile: kind, state, K, VT, columns of a thread, row groups, what else its name
 // says (_gw: it has a gate warp; _cs: the plain one's streaming twin), streaming,
-// blocks on a multiprocessor, max_states. Tuned at K = 128 on an H200 and an H100; a
-// larger K has no registers to share.
+// blocks on a multiprocessor, ahead (see PrefetchLater), max_states. Tuned at K = 128
+// on an H200 and an H100; a larger K has no registers to share.
 // clang-format off
-#define JAX_GDN_FOR_EACH_SMALL_TILE(X, K)                                               \
-  X(step, f32, DType::kFloat32, K, 16, 4, 8, _gw, true, 1, 32)                          \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, 16, _gw, true, 1, 64)
 #define JAX_GDN_FOR_EACH_TILE(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 16, 4, 8, , true, 1, 256)                            \
-  X(step, f32, DType::kFloat32, K, 64, 4, 8, , true, 1, 1024)                           \
-  X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw, false, K <= 128 ? 2 : 1, kMany)      \
-  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 1024)         \
-  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 128)                       \
-  X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, kMany)     \
-  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 128)                         \
-  X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, K <= 128 ? 2 : 1, kMany)
-// Where V, which is K, has such columns, and a thread the registers.
-#define JAX_GDN_FOR_EACH_WIDE_TILE(X, K)                                                \
-  X(step, bf16, DType::kBFloat16, K, 128, 4, 8, _cs, true, 2, 4096)                     \
-  X(step, bf16, DType::kBFloat16, K, 128, 4, 8, , false, 2, kMany)
+  X(step, f32, DType::kFloat32, K, 16, 4, 8, , true, 1, 0, K == 128 ? 128 : 256)        \
+  X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw, false, K <= 128 ? 2 : 1, 1, kMany)   \
+  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , true, 1, 0, 128)                    \
+  X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , false, K <= 128 ? 3 : 1, 0, kMany)  \
+  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , true, 1, 0, 128)                      \
+  X(decode, f16, DType::kFloat16, K, 64, 8, 16, , false, K <= 128 ? 2 : 1, 0, kMany)
+// Of K = 128, which models have.
+#define JAX_GDN_FOR_EACH_TUNED_TILE(X, K)                                               \
+  X(step, f32, DType::kFloat32, K, 16, 2, 16, _gw, true, 1, 0, 64)                      \
+  X(step, f32, DType::kFloat32, K, 64, 4, 8, _gw, true, 1, 3, 256)                      \
+  X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw_cs, true, 2, 2, 1024)                 \
+  X(step, bf16, DType::kBFloat16, K, 32, 4, 16, _gw, true, 1, 0, 128)                   \
+  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, _gw, true, 4, 4, 1024)                   \
+  X(step, bf16, DType::kBFloat16, K, 128, 4, 8, _gw, false, 2, 1, kMany)
+// Of others, which were not timed.
+#define JAX_GDN_FOR_EACH_OTHER_TILE(X, K)                                               \
+  X(step, f32, DType::kFloat32, K, 64, 4, 8, , true, 1, 0, 1024)                        \
+  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , false, K <= 128 ? 4 : 1, 0, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, K == 128 ? 256 : 128)         \
-  X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 128)                          \
-  X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, kMany)
+  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , true, 1, 0, K == 128 ? 256 : 128)      \
+  X(decode, f32, DType::kFloat32, K, 16, 4, G, , true, 1, 0, 128)                       \
+  X(decode, f32, DType::kFloat32, K, 64, 4, G, , false, K <= 128 ? 4 : 1, 0, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
-  JAX_GDN_FOR_EACH_SMALL_TILE(X, 128)                                                   \
+  JAX_GDN_FOR_EACH_TUNED_TILE(X, 128)                                                   \
   JAX_GDN_FOR_EACH_TILE(X, 64) JAX_GDN_FOR_EACH_TILE(X, 128)                            \
   JAX_GDN_FOR_EACH_TILE(X, 192) JAX_GDN_FOR_EACH_TILE(X, 256)                           \
+  JAX_GDN_FOR_EACH_OTHER_TILE(X, 64) JAX_GDN_FOR_EACH_OTHER_TILE(X, 192)                \
+  JAX_GDN_FOR_EACH_OTHER_TILE(X, 256)                                                   \
   JAX_GDN_FOR_EACH_DEEP_TILE(X, 64, 8) JAX_GDN_FOR_EACH_DEEP_TILE(X, 128, 8)            \
-  JAX_GDN_FOR_EACH_DEEP_TILE(X, 192, 16) JAX_GDN_FOR_EACH_DEEP_TILE(X, 256, 16)         \
-  JAX_GDN_FOR_EACH_WIDE_TILE(X, 128)
+  JAX_GDN_FOR_EACH_DEEP_TILE(X, 192, 16) JAX_GDN_FOR_EACH_DEEP_TILE(X, 256, 16)
 // clang-format on
 
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)

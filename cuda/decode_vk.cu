@@ -17,10 +17,10 @@
 // A butterfly in which a lane passes on only what it keeps no more leaves each lane
 // with the sums of one row, and u of all rows is one computation.
 //
-// A block of a "step" kernel, which is what a decode loop has fixed, is one warp, with
-// VT rows, and computes gates, norms and q.k for itself. Where there may be more tokens
-// it is four warps, each of which stages a token for all. As in decode_kv.cu, what
-// normalises q and k is a factor on the sums.
+// A block is several warps, each with rows of its own. In a "step" kernel, which is
+// what a decode loop has fixed, one warp more computes gates, norms and q.k for all.
+// Where there may be more tokens, each warp stages a token for all. As in decode_kv.cu,
+// what normalises q and k is a factor on the sums.
 #include "cuda/decode_vk.h"
 #include "cuda/rows.cuh"
 #include "cuda/waves.cuh"
@@ -63,14 +63,6 @@ __device__ __forceinline__ RawGates LoadGates(const DecodeParams& p, int64_t hea
   __syncwarp();
   return x;
 }
-
-// What one token brings to a lane: its parts of q and k, v of its own row.
-template <typename T>
-struct Token {
-  Vector<T> q, k;
-  float v;
-  Gates gates;
-};
 
 template <typename T>
 __device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const RawGates& x,
@@ -118,88 +110,82 @@ struct Place {
   int lane, warp;
 };
 
-// One token, on a lane's part of the state.
+// k^T S and q^T S of the row that the lane is left with.
+struct OwnSums {
+  float p, r;
+};
+
 template <typename T>
-__device__ __forceinline__ void DecodeToken(const DecodeParams& p, int64_t head,
-                                            const Place& at, const Token<T>& x,
-                                            float (&s)[T::kRows][T::kOwn]) {
-  float sum_p[T::kRows], sum_r[T::kRows];
+__device__ __forceinline__ OwnSums SumToken(const Vector<T>& q, const Vector<T>& k,
+                                            const float (&s)[T::kRows][T::kOwn],
+                                            int lane) {
+  float p[T::kRows], r[T::kRows];
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
-    sum_p[i] = DotOwn<T>(x.k, s[i]);
-    sum_r[i] = DotOwn<T>(x.q, s[i]);
+    p[i] = DotOwn<T>(k, s[i]);
+    r[i] = DotOwn<T>(q, s[i]);
   }
-  SumRows<T>(sum_p, at.lane);
-  SumRows<T>(sum_r, at.lane);
+  SumRows<T>(p, lane);
+  SumRows<T>(r, lane);
+  return {p[0], r[0]};
+}
 
-  const float u = x.gates.beta * fmaf(-x.gates.decayed_k, sum_p[0], x.v);
+// Stores `out` of the row, whose v is given, and makes the new state of the lane's
+// part.
+template <typename T>
+__device__ __forceinline__ void UpdateToken(const DecodeParams& p, int64_t head,
+                                            const Place& at, const Vector<T>& k,
+                                            float v, const Gates& gates,
+                                            const OwnSums& sums,
+                                            float (&s)[T::kRows][T::kOwn]) {
+  const float u = gates.beta * fmaf(-gates.decayed_k, sums.p, v);
   if (at.lane % T::kSameRow == 0) {
     const Output out = {p.out.data, T::kStep ? DType::kBFloat16 : p.out.dtype};
     Store1(out, head * (T::kStep ? T::K : p.V) + at.first_row + OwnRow<T>(at.lane),
-           fmaf(x.gates.qk, u, x.gates.decayed_q * sum_r[0]));
+           fmaf(gates.qk, u, gates.decayed_q * sums.r));
   }
-  const float own_u = x.gates.k_factor * u;
+  const float own_u = gates.k_factor * u;
 #pragma unroll
   for (int i = 0; i < T::kRows; ++i) {
     const float u_i = __shfl_sync(0xffffffffu, own_u, i * T::kSameRow, T::kLanes);
 #pragma unroll
     for (int j = 0; j < T::kOwn; ++j) {
-      s[i][j] = fmaf(x.k.x[j], u_i, x.gates.decay * s[i][j]);
+      s[i][j] = fmaf(k.x[j], u_i, gates.decay * s[i][j]);
     }
   }
 }
-
-// The rows of a block that starts about when this one ends. Where there are many
-// blocks, the L2 cache is asked for them: a block then waits for its rows a little
-// less. Measured at K = 128, where a multiprocessor runs 16 to 20 blocks; 32 ahead was
-// too far.
-template <typename T>
-struct LaterRows {
-  static constexpr bool kWanted = !T::kStreaming && T::K == 128;
-  static constexpr unsigned kAhead = 20 * kMultiprocessors;
-  unsigned hv;
-  int first_row;
-  int32_t slot = kNoSlot;
-
-  __device__ __forceinline__ explicit LaterRows(const DecodeParams& p) {
-    if constexpr (kWanted) {
-      const unsigned block = BlockNumber() + kAhead, head = block / gridDim.x;
-      hv = head % gridDim.y;
-      first_row = block % gridDim.x * T::VT;
-      if (head / gridDim.y < gridDim.z) slot = ReadSlot(p, head / gridDim.y);
-    }
-  }
-  __device__ __forceinline__ void Prefetch(const DecodeParams& p, int lane) const {
-    if constexpr (kWanted) {
-      if (lane != 0 || slot == kNoSlot) return;
-      PrefetchBulk(FirstAccess<T>(p, slot, hv, first_row, lane),
-                   T::VT * T::K * kStateBytes<T::kState>);
-    }
-  }
-};
 
 // One token is all there is.
 template <typename T>
 __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& at,
                                            int32_t read) {
+  __shared__ Gates shared_gates;
   const unsigned head = at.n * p.HV + at.hv, key_head = at.n * p.H + KeyHead(p, at.hv);
+  if (at.warp == T::kWarps) {
+    const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
+    const RawKeys<T> raw = LoadKeys<T>(p, key_head, at.lane);
+    const Gates gates = MakeGates<T>(p, raw_gates, Widen<T>(raw.q, DType::kBFloat16),
+                                     Widen<T>(raw.k, DType::kBFloat16));
+    if (at.lane == 0) shared_gates = gates;
+    __syncwarp();  // A warp arrives as one.
+    Arrive<T::kThreads>();
+    return PrefetchLater<T>(p, at.lane);
+  }
   const int row = at.first_row + at.lane / T::kLanes;
   // All loads before the first is looked at.
   OwnRows<T> rows;
   rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
-  const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
   const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
   const Raw<1> raw_v = LoadRaw<1, true>(p.v, own);
   const RawKeys<T> raw = LoadKeys<T>(p, key_head, at.lane);
   const int32_t wanted = WantedSlot(p, at.n, 0, read);
-  const LaterRows<T> later(p);
-  Token<T> x = {Widen<T>(raw.q, DType::kBFloat16), Widen<T>(raw.k, DType::kBFloat16),
-                Widen(raw_v, DType::kBFloat16)};
-  x.gates = MakeGates<T>(p, raw_gates, x.q, x.k);
+  const Vector<T> q = Widen<T>(raw.q, DType::kBFloat16);
+  const Vector<T> k = Widen<T>(raw.k, DType::kBFloat16);
   float s[T::kRows][T::kOwn];
   rows.Unpack(s);
-  DecodeToken<T>(p, head, at, x, s);
-  later.Prefetch(p, at.lane);
+  const OwnSums sums = SumToken<T>(q, k, s, at.lane);
+  WaitForArrivals<T::kThreads>();
+  UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared_gates, sums, s);
   if (CheckSlot(p, wanted) == kNoSlot) return;
   rows.Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
 }
@@ -274,8 +260,8 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
       const int32_t wanted = WantedSlot(p, at.n, t, read);
       const StagedToken<T>& staged = tokens[i];
       const int own_row = at.warp * T::kWarpRows + OwnRow<T>(at.lane);
-      const Token<T> x = {GetOwn<T>(staged.q, at.lane), GetOwn<T>(staged.k, at.lane),
-                          staged.v[own_row], staged.gates};
+      const Vector<T> q = GetOwn<T>(staged.q, at.lane),
+                      k = GetOwn<T>(staged.k, at.lane);
       if (p.per_channel) {
         const Vector<T> decay = GetOwn<T>(staged.decay, at.lane);
 #pragma unroll
@@ -284,7 +270,9 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
           for (int j = 0; j < T::kOwn; ++j) s[r][j] *= decay.x[j];
         }
       }
-      DecodeToken<T>(p, (at.n * p.T + t) * p.HV + at.hv, at, x, s);
+      const OwnSums sums = SumToken<T>(q, k, s, at.lane);
+      UpdateToken<T>(p, (at.n * p.T + t) * p.HV + at.hv, at, k, staged.v[own_row],
+                     staged.gates, sums, s);
       if (!p.snapshots && t + 1 < p.T) continue;
       if (CheckSlot(p, wanted) == kNoSlot) continue;
       OwnRows<T>::Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
@@ -296,15 +284,18 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
   if constexpr (T::VT == 64) StartApart<4>();
-  const int warp = T::kWarps == 1 ? 0 : threadIdx.x / 32;
+  // From lane 0, so that the compiler sees that no warp diverges; tokens were slower so.
+  const int warp = T::kStep ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0)
+                            : static_cast<int>(threadIdx.x / 32);
   const Place at = {blockIdx.z, blockIdx.y,
                     static_cast<int>(blockIdx.x * T::VT) + warp * T::kWarpRows,
                     static_cast<int>(threadIdx.x % 32), warp};
   const int32_t read = ReadSlot(p, at.n);
   if (read == kNoSlot) {
     const int64_t tokens = T::kStep ? 1 : p.T;
+    const bool has_row = at.warp < T::kWarps && at.lane % T::kSameRow == 0;
 #pragma unroll 1
-    for (int64_t t = 0; t < tokens && at.lane % T::kSameRow == 0; ++t) {
+    for (int64_t t = 0; t < tokens && has_row; ++t) {
       const int64_t head = (at.n * p.T + t) * p.HV + at.hv;
       Store1(p.out, head * p.V + at.first_row + OwnRow<T>(at.lane), 0.0f);
     }
@@ -318,60 +309,63 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 }  // namespace
 
 // A kernel under a name that reads well in a profiler; see Kernel.
-#define JAX_GDN_NAME(kind, name, K, VT, access) \
-  gdn_##kind##_vk_##name##_k##K##_vt##VT##_##access
+#define JAX_GDN_NAME(kind, name, K, VT, R, access) \
+  gdn_##kind##_vk_##name##_k##K##_vt##VT##_r##R##_##access
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
-#define JAX_GDN_WARPS_step 1
-#define JAX_GDN_WARPS_decode 4
-#define JAX_GDN_ROWS(kind, dtype, K, VT, access)                  \
-  Rows<dtype, K, VT / JAX_GDN_WARPS_##kind, JAX_GDN_WARPS_##kind, \
-       JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind>
+#define JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)                         \
+  Rows<dtype, K, R, VT / R, JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind, \
+       K == 128 ? ahead : 0>
 // One block at least leaves the compiler all registers: it then issues the loads of a
 // short kernel first. With four, tokens of 16-bit states of K = 192 would spill.
 #define JAX_GDN_BLOCKS_step(K) 1
 #define JAX_GDN_BLOCKS_decode(K) (K == 192 ? 3 : 4)
 #define JAX_GDN_IS_STREAMING_streaming true
 #define JAX_GDN_IS_STREAMING_plain false
-#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, access, max_states)      \
-  extern "C" __global__ void __launch_bounds__(32 * JAX_GDN_WARPS_##kind, \
-                                               JAX_GDN_BLOCKS_##kind(K))  \
-      JAX_GDN_NAME(kind, name, K, VT,                                     \
-                   access)(const __grid_constant__ DecodeParams p) {      \
-    Decode<JAX_GDN_ROWS(kind, dtype, K, VT, access)>(p);                  \
+#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, R, access, ahead, max_states) \
+  extern "C" __global__ void __launch_bounds__(                                \
+      (JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)::kThreads),          \
+      JAX_GDN_BLOCKS_##kind(K))                                                \
+      JAX_GDN_NAME(kind, name, K, VT, R,                                       \
+                   access)(const __grid_constant__ DecodeParams p) {           \
+    Decode<JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)>(p);             \
   }
-#define JAX_GDN_LIST(kind, name, dtype, K, VT, access, max_states)         \
-  {"gdn_" #kind "_vk_" #name "_k" #K "_vt" #VT "_" #access,                \
-   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, access)), \
-   Layout::kVK,                                                            \
-   dtype,                                                                  \
-   K,                                                                      \
-   VT,                                                                     \
-   32 * JAX_GDN_WARPS_##kind,                                              \
-   JAX_GDN_IS_STEP_##kind,                                                 \
+#define JAX_GDN_LIST(kind, name, dtype, K, VT, R, access, ahead, max_states)  \
+  {"gdn_" #kind "_vk_" #name "_k" #K "_vt" #VT "_r" #R "_" #access,           \
+   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, R, access)), \
+   Layout::kVK,                                                               \
+   dtype,                                                                     \
+   K,                                                                         \
+   VT,                                                                        \
+   JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)::kThreads,              \
+   JAX_GDN_IS_STEP_##kind,                                                    \
    max_states},
 
-// Every instance: kind, state, K, VT, access, max_states.
+// Every instance: kind, state, K, VT, rows of a warp, access, ahead (see
+// PrefetchLater), max_states. Tuned at K = 128 on an H100.
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 8, streaming, 4096)                                  \
-  X(step, f32, DType::kFloat32, K, 8, plain, kMany)                                     \
-  X(step, bf16, DType::kBFloat16, K, 8, streaming, 128)
-#define JAX_GDN_FOR_EACH_LONG_STEP(X, K)                                                \
-  X(step, bf16, DType::kBFloat16, K, 16, streaming, 4096)                               \
-  X(step, bf16, DType::kBFloat16, K, 16, plain, kMany)
-#define JAX_GDN_FOR_EACH_DECODE(X, K, VT, max_states)                                   \
-  X(decode, f32, DType::kFloat32, K, VT, plain, max_states)                             \
-  X(decode, bf16, DType::kBFloat16, K, VT, plain, max_states)                           \
-  X(decode, f16, DType::kFloat16, K, VT, plain, max_states)
+  X(step, f32, DType::kFloat32, K, 16, 4, streaming, 10, 1024)                          \
+  X(step, f32, DType::kFloat32, K, 16, 4, plain, 5, kMany)                              \
+  X(step, bf16, DType::kBFloat16, K, 16, 4, streaming, 0, 128)                          \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, streaming, 6, 512)                          \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, plain, 6, kMany)
+#define JAX_GDN_FOR_EACH_SMALL_STEP(X, K)                                               \
+  X(step, f32, DType::kFloat32, K, 16, 2, streaming, 0, 32)
+#define JAX_GDN_FOR_EACH_DECODE(X, K, VT, R, max_states)                                \
+  X(decode, f32, DType::kFloat32, K, VT, R, plain, 0, max_states)                       \
+  X(decode, bf16, DType::kBFloat16, K, VT, R, plain, 0, max_states)                     \
+  X(decode, f16, DType::kFloat16, K, VT, R, plain, 0, max_states)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_STEP(X, 64) JAX_GDN_FOR_EACH_STEP(X, 128)                            \
   JAX_GDN_FOR_EACH_STEP(X, 192) JAX_GDN_FOR_EACH_STEP(X, 256)                           \
-  JAX_GDN_FOR_EACH_LONG_STEP(X, 64) JAX_GDN_FOR_EACH_LONG_STEP(X, 128)                  \
-  JAX_GDN_FOR_EACH_DECODE(X, 64, 16, 64) JAX_GDN_FOR_EACH_DECODE(X, 128, 16, 64)        \
-  JAX_GDN_FOR_EACH_DECODE(X, 192, 16, 64) JAX_GDN_FOR_EACH_DECODE(X, 256, 16, 64)       \
-  JAX_GDN_FOR_EACH_DECODE(X, 64, 64, kMany) JAX_GDN_FOR_EACH_DECODE(X, 128, 64, kMany)  \
-  JAX_GDN_FOR_EACH_DECODE(X, 192, 32, kMany) JAX_GDN_FOR_EACH_DECODE(X, 256, 32, kMany)
+  JAX_GDN_FOR_EACH_SMALL_STEP(X, 128)                                                   \
+  JAX_GDN_FOR_EACH_DECODE(X, 64, 16, 4, 64) JAX_GDN_FOR_EACH_DECODE(X, 128, 16, 4, 64)  \
+  JAX_GDN_FOR_EACH_DECODE(X, 192, 16, 4, 64) JAX_GDN_FOR_EACH_DECODE(X, 256, 16, 4, 64) \
+  JAX_GDN_FOR_EACH_DECODE(X, 64, 64, 16, kMany)                                         \
+  JAX_GDN_FOR_EACH_DECODE(X, 128, 64, 16, kMany)                                        \
+  JAX_GDN_FOR_EACH_DECODE(X, 192, 32, 8, kMany)                                         \
+  JAX_GDN_FOR_EACH_DECODE(X, 256, 32, 8, kMany)
 // clang-format on
 
 JAX_GDN_FOR_EACH_INSTANCE(JAX_GDN_DEFINE)

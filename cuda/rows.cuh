@@ -9,12 +9,16 @@
 namespace jax_gdn {
 
 template <DType kState_, int K_, int kWarpRows_, int kWarps_, bool kStreaming_,
-          bool kStep_>
+          bool kStep_, int kAhead_>
 struct Rows {
   static constexpr DType kState = kState_;
-  static constexpr int K = K_, kWarpRows = kWarpRows_, kWarps = kWarps_;
+  static constexpr int K = K_, kWarpRows = kWarpRows_;
+  static constexpr int kWarps = kWarps_;  // that have rows
   static constexpr int VT = kWarps * kWarpRows;
   static constexpr bool kStep = kStep_;
+  // In a "step" a warp more, that has none and computes the gates.
+  static constexpr int kThreads = 32 * (kWarps + (kStep ? 1 : 0));
+  static constexpr int kAhead = kAhead_;                   // see PrefetchLater
   static constexpr int kWidth = 16 / kStateBytes<kState>;  // values in an access
   static constexpr int kAccesses = K / kWidth;             // of a row
   // The largest power of two that divides them, at most a warp.

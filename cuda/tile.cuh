@@ -11,12 +11,15 @@ namespace jax_gdn {
 constexpr int kClasses = 16;
 
 template <DType kState_, int K_, int VT_, int kColumns_, int kRowGroups_,
-          bool kStreaming_, int kMinBlocks_, bool kStep_, bool kGateWarp_>
+          bool kStreaming_, int kMinBlocks_, bool kStep_, bool kGateWarp_, int kAhead_>
 struct Tile {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, VT = VT_;
   static constexpr bool kStep = kStep_;
-  static constexpr int kColumns = kColumns_;    // of a thread
+  static constexpr int kColumns = kColumns_;  // of a thread
+  // Of those, what goes to and from shared memory, v and `out` at once.
+  static constexpr int kPiece = kColumns < 4 ? kColumns : 4;
+  using Piece = typename FloatsOf<kPiece>::Type;
   static constexpr int kLanes = VT / kColumns;  // that share a row
   static constexpr int kRowGroups = kRowGroups_;
   static constexpr int kWarps = kLanes * kRowGroups / 32;  // that have rows
@@ -32,12 +35,14 @@ struct Tile {
   static constexpr int kTokens = kWarps >= 4 ? 4 : kWarps * kTokensOfWarp;
   static constexpr bool kStreaming = kStreaming_;  // see LoadState
   static constexpr int kMinBlocks = kMinBlocks_;   // on a multiprocessor
+  static constexpr int kAhead = kAhead_;           // see PrefetchLater
   // A 16-bit state stays as it is stored where one token is all there is to do.
   static constexpr bool kPacked = kStep && kState != DType::kFloat32;
   using Access = typename AccessOf<kColumns * kStateBytes<kState>>::Type;
   static_assert(kOwnClasses == 1 || kOwnClasses == 2);
   static_assert(K % 64 == 0 && kLanes * kRowGroups % 32 == 0 && kLanes <= 32);
   static_assert(kStep || !kGateWarp);
+  static_assert(kGateWarp || kAhead == 0);
 };
 
 // A thread's place in the block.
@@ -86,11 +91,12 @@ __device__ __forceinline__ Columns<C> operator+(const Columns<C>& x,
   return sum;
 }
 
-// Where four of VT columns lie in shared memory, when a thread owns C: the first four
-// of all threads, then the second, so that neighbouring lanes meet no bank twice.
+// Where a piece of VT columns lies in shared memory: the first piece of all threads,
+// then the second, so that neighbouring lanes meet no bank twice.
 template <typename T>
 __device__ __forceinline__ int PlaceOf(int column) {
-  return column % T::kColumns / 4 * (4 * T::kLanes) + column / T::kColumns * 4;
+  return column % T::kColumns / T::kPiece * (T::kPiece * T::kLanes) +
+         column / T::kColumns * T::kPiece;
 }
 
 // A thread's columns to and from shared memory.
@@ -98,9 +104,9 @@ template <typename T>
 __device__ __forceinline__ void PutColumns(const Columns<T::kColumns>& from, float* to,
                                            int column) {
 #pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    *reinterpret_cast<float4*>(to + PlaceOf<T>(column + c)) =
-        make_float4(from.x[c], from.x[c + 1], from.x[c + 2], from.x[c + 3]);
+  for (int c = 0; c < T::kColumns; c += T::kPiece) {
+    *reinterpret_cast<typename T::Piece*>(to + PlaceOf<T>(column + c)) =
+        reinterpret_cast<const typename T::Piece&>(from.x[c]);
   }
 }
 
@@ -109,9 +115,9 @@ __device__ __forceinline__ Columns<T::kColumns> GetColumns(const float* from,
                                                            int column) {
   Columns<T::kColumns> to;
 #pragma unroll
-  for (int c = 0; c < T::kColumns; c += 4) {
-    const float4 x = *reinterpret_cast<const float4*>(from + PlaceOf<T>(column + c));
-    to.x[c] = x.x, to.x[c + 1] = x.y, to.x[c + 2] = x.z, to.x[c + 3] = x.w;
+  for (int c = 0; c < T::kColumns; c += T::kPiece) {
+    reinterpret_cast<typename T::Piece&>(to.x[c]) =
+        *reinterpret_cast<const typename T::Piece*>(from + PlaceOf<T>(column + c));
   }
   return to;
 }

@@ -100,16 +100,34 @@ __device__ __forceinline__ uint32_t RoundPair(float x, float y, DType dtype) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Writes elements [index, index + 4), each rounded once.
-__device__ __forceinline__ void Store4(const Output& x, int64_t index,
-                                       const float* value) {
+// Two or four values, one access.
+template <int N>
+struct FloatsOf;
+template <>
+struct FloatsOf<2> {
+  using Type = float2;
+};
+template <>
+struct FloatsOf<4> {
+  using Type = float4;
+};
+
+// Writes elements [index, index + N), each rounded once; index is a multiple of N.
+template <int N>
+__device__ __forceinline__ void Store(const Output& x, int64_t index,
+                                      const typename FloatsOf<N>::Type& values) {
   if (x.dtype == DType::kFloat32) {
-    reinterpret_cast<float4*>(x.data)[index / 4] =
-        make_float4(value[0], value[1], value[2], value[3]);
-  } else {
-    reinterpret_cast<uint2*>(x.data)[index / 4] = make_uint2(
-        RoundPair(value[0], value[1], x.dtype), RoundPair(value[2], value[3], x.dtype));
+    reinterpret_cast<typename FloatsOf<N>::Type*>(x.data)[index / N] = values;
+    return;
   }
+  const auto* value = reinterpret_cast<const float*>(&values);
+  decltype(Raw<N>::low) rounded;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    reinterpret_cast<uint32_t*>(&rounded)[i] =
+        RoundPair(value[2 * i], value[2 * i + 1], x.dtype);
+  }
+  reinterpret_cast<decltype(Raw<N>::low)*>(x.data)[index / N] = rounded;
 }
 
 // Writes one element.

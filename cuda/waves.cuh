@@ -2,7 +2,7 @@
 #ifndef JAX_GDN_CUDA_WAVES_CUH_
 #define JAX_GDN_CUDA_WAVES_CUH_
 
-#include <cuda_runtime.h>
+#include "cuda/state.cuh"
 
 namespace jax_gdn {
 
@@ -24,6 +24,26 @@ __device__ __forceinline__ void StartApart() {
   const unsigned block = BlockNumber();
   if (block < kWave && gridDim.x * gridDim.y * gridDim.z > 3 * kWave) {
     __nanosleep(block / kMultiprocessors * 1000);
+  }
+}
+
+// Asks the L2 cache for what a block reads that starts about when this one ends, kAhead
+// blocks of a multiprocessor later: that one then waits for its rows a little less.
+// Measured at K = 128, where a block too far ahead costs 10 to 25 %. The blocks of a
+// state ask for equal shares of a later one, which are contiguous also where what each
+// of them reads is not. For V = K.
+template <typename T>
+__device__ __forceinline__ void PrefetchLater(const DecodeParams& p, int lane) {
+  if constexpr (T::kAhead > 0) {
+    const unsigned block = BlockNumber() + T::kAhead * kMultiprocessors;
+    const unsigned head = block / gridDim.x, n = head / gridDim.y;
+    if (lane != 0 || n >= gridDim.z) return;
+    const int32_t slot = ReadSlot(p, n);
+    if (slot == kNoSlot) return;
+    constexpr uint32_t kShare = T::K * T::VT * kStateBytes<T::kState>;
+    const int64_t share =
+        HeadOfSlot(p, slot, head % gridDim.y) * gridDim.x + block % gridDim.x;
+    PrefetchBulk(static_cast<const char*>(p.state.data) + share * kShare, kShare);
   }
 }
 

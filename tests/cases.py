@@ -205,8 +205,12 @@ TILE_CASES = [
 TILE_CASES += [
     Case(B=33, state="bfloat16"),
     Case(B=129, H=8, HV=8, K=64, V=64),
-    Case(B=129, H=8, HV=8),
-    Case(B=129, H=8, HV=8, state="bfloat16"),
+    *(
+        Case(B=B, H=8, HV=8, layout=layout, state=state)
+        for layout, state, B in itertools.product(
+            LAYOUTS, ("float32", "bfloat16"), (64, 129)
+        )
+    ),
 ]
 CASES = (
     SHAPE_CASES

@@ -35,7 +35,9 @@ class Instance:
     K: int
     VT: int
     variant: (
-        str  # columns of a thread and groups of rows ("KV"), or kind of access ("VK")
+        # Columns of a thread and groups of rows ("KV"), or rows of a warp and kind of
+        # access ("VK").
+        str
     )
     step: bool  # takes only what a decode loop fixes
 
@@ -59,14 +61,20 @@ class Instance:
     @property
     def row_threads(self) -> int:
         """Of a block, those that own a part of the state."""
-        if self.layout == "VK":
-            return 32 if self.step else 128
+        found = re.match(r"r(\d+)_", self.variant)
+        if found:
+            return 32 * self.VT // int(found[1])
         return self.VT // self.columns * self.row_groups
 
     @property
+    def gate_warp(self) -> bool:
+        """Whether the block has a warp that makes the gates and owns no rows."""
+        return "_gw" in self.variant or (self.layout == "VK" and self.step)
+
+    @property
     def threads(self) -> int:
-        """Of a block; a gate warp owns no part of the state."""
-        return self.row_threads + (32 if self.variant.endswith("_gw") else 0)
+        """Of a block."""
+        return self.row_threads + (32 if self.gate_warp else 0)
 
     @property
     def access_bytes(self) -> int:
@@ -98,7 +106,7 @@ def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
     match = re.fullmatch(
         r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_"
-        r"(c\d+_g\d+(?:_gw|_cs)?|streaming|plain)",
+        r"(c\d+_g\d+(?:_gw)?(?:_cs)?|r\d+_(?:streaming|plain))",
         symbol,
     )
     if match is None:

@@ -102,7 +102,7 @@ def test_every_state_access_is_of_full_sectors(one):
 def test_all_else_is_small_beside_the_state(layout, dtype):
     """For the largest tile of a float32 state: 3 %.
 
-    A "step" block of "VK" has 8 or 16 rows, over which q and k are shared, not 64: 9 %,
+    A "step" block of "VK" has 16 rows, over which q and k are shared, not 64: 4.5 %,
     which caches answer.
     """
     case = Case(layout=layout, **dict.fromkeys(("q", "k", "v", "a", "b"), dtype))
@@ -114,7 +114,7 @@ def test_all_else_is_small_beside_the_state(layout, dtype):
     }
     share = sum(moved.values()) * SECTOR / (2 * result.arrays["state"].nbytes) - 1
     is_small = layout == "VK" and dtype == "bfloat16"  # then it is a "step"
-    assert share < (0.09 if is_small else 0.03)
+    assert share < (0.045 if is_small else 0.03)
     # Eight bfloat16 values are half a sector.
     assert moved["out"] == max(result.arrays["out"].nbytes // SECTOR, blocks(result))
 
@@ -128,12 +128,12 @@ def test_no_bank_conflict(one):
         if traffic.conflicts
     }
     assert conflicts == {}
-    assert bool(result.counters.shared) == (one.layout == "KV" or not one.step)
+    assert result.counters.shared
 
 
 @lengths(1, 4)
 def test_at_most_two_barriers_a_token(one, T):
     result = run(one, T)
-    # When four tokens are staged; "KV" once a token, too.
-    allowed = 1 + T if one.layout == "KV" else 0 if one.step else 1
+    # When four tokens are staged, or the gates are there; "KV" once a token, too.
+    allowed = 1 + T if one.layout == "KV" else 1
     assert result.counters.barriers <= allowed * blocks(result)

@@ -13,9 +13,12 @@ pytestmark = pytest.mark.usefixtures("built")
 LOOP = "gdn_decode_kv_f32_k64_vt64_c4_g8"  # over tokens; of any dtypes
 STEPS = ("gdn_step_kv_f32_k64_vt16_c4_g8", "gdn_step_kv_f32_k64_vt64_c4_g8")
 APART = "gdn_step_kv_f32_k64_vt64_c4_g16_gw"  # its last warp makes the gates
+ROWS_KERNEL = "gdn_step_vk_f32_k64_vt16_r4_streaming"  # likewise
+ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_r16_plain"
 KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS, APART])
 GATE_WARP = pytest.mark.parametrize(
-    ("kernel", "threads"), [("gdn_step_kv_f32_k128_vt16_c4_g8_gw", 64), (APART, 288)]
+    ("kernel", "threads"),
+    [("gdn_step_kv_f32_k128_vt16_c2_g16_gw", 160), (APART, 288), (ROWS_KERNEL, 160)],
 )
 STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS])  # q and k
 WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, in several warps
@@ -25,8 +28,9 @@ LOOP_CASE = dataclasses.replace(STEP_CASE, q="float32", k="float32")
 
 
 def case_of(kernel: str) -> Case:
-    K = module.instance_of(kernel).K
-    return dataclasses.replace(LOOP_CASE if "decode" in kernel else STEP_CASE, K=K, V=K)
+    one = module.instance_of(kernel)
+    base = STEP_CASE if one.step else LOOP_CASE
+    return dataclasses.replace(base, K=one.K, V=one.K, layout=one.layout)
 
 
 def edited(pattern: str, replacement: str, which: int = 0):
@@ -257,8 +261,6 @@ def test_padding_is_not_padding(kernel):
 
 
 ROWS = dataclasses.replace(STEP_CASE, layout="VK")
-ROWS_KERNEL = "gdn_step_vk_f32_k64_vt8_streaming"
-ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_plain"
 
 
 def test_vk_state_store_one_access_off():
@@ -268,7 +270,8 @@ def test_vk_state_store_one_access_off():
 
 
 def test_vk_state_load_one_row_off():
-    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * ROWS.K}]", 3)
+    # The last of its rows: the last block reads the next head's first.
+    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * ROWS.K}]", rows_of(ROWS_KERNEL) - 1)
     kinds = (fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS)
     caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
 

@@ -10,7 +10,7 @@ from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 from ptx import launch, module
 from ptx.launch import FIRST_ADDRESS, SPACING
 from ptx.memory import Buffer
-from ptx.program import SLEEP
+from ptx.program import PREFETCH, SLEEP
 
 pytestmark = pytest.mark.usefixtures("built")
 INSTANCES = module.instances()
@@ -51,7 +51,7 @@ def fitting(case: Case) -> list[str]:
 
 def test_these_are_all_instances():
     symbols = {one.symbol for one in INSTANCES}
-    assert len(symbols) == 88
+    assert len(symbols) == 93
     assert symbols == set(module.kernels())
 
 
@@ -195,40 +195,65 @@ def test_offsets_beyond_32_bits(one):
     judge(case, launch.run_plan(plan, buffers, written={"out": whole, "state": whole}))
 
 
-def test_later_rows_are_asked_for():
-    """The L2 cache, for those of the block that comes 20 a multiprocessor later."""
-    one = module.instance_of("gdn_step_vk_f32_k128_vt8_plain")
-    B, HV, ahead = 22, 8, 20 * 132
+# Blocks that a multiprocessor starts before the one whose rows are asked for.
+AHEAD = {
+    "gdn_step_kv_f32_k128_vt64_c4_g8_gw": 3,
+    "gdn_step_kv_f32_k128_vt64_c4_g16_gw_cs": 2,
+    "gdn_step_kv_f32_k128_vt64_c4_g16_gw": 1,
+    "gdn_step_kv_bf16_k128_vt64_c4_g8_gw": 4,
+    "gdn_step_kv_bf16_k128_vt128_c4_g8_gw": 1,
+    "gdn_step_vk_f32_k128_vt16_r4_streaming": 10,
+    "gdn_step_vk_f32_k128_vt16_r4_plain": 5,
+    "gdn_step_vk_bf16_k128_vt32_r8_streaming": 6,
+    "gdn_step_vk_bf16_k128_vt32_r8_plain": 6,
+}
+
+
+def test_these_ask_for_later_rows():
+    found = {
+        symbol
+        for symbol, kernel in module.kernels().items()
+        if PREFETCH in {i.opcode for i in kernel.code}
+    }
+    assert found == set(AHEAD)
+
+
+@pytest.mark.parametrize("symbol", AHEAD)
+def test_later_rows_are_asked_for(symbol):
+    """The L2 cache, for the share of a block that comes so many later."""
+    one = module.instance_of(symbol)
+    HV, ahead, shares = 2, 132 * AHEAD[symbol], one.K // one.VT
+    a_row = HV * shares  # blocks
+    B = ahead // a_row + 3
     slots = np.random.default_rng(0).permutation(B).astype(np.int32)
     slots[-1] = -1
     case = of_instance(one, B=B, H=HV, HV=HV)
     inputs = case.inputs() | {"state_indices": slots}
-    options = {**case.settings, "out_dtype": case.out_dtype, "kernel": one.symbol}
-    row = one.K * 4
-    # Of row 20, whose blocks end at 2688; of row 21; beyond the grid.
-    for block in (0, 3, 17, 47, 48, 111, 175, 176, 500):
+    options = {**case.settings, "out_dtype": case.out_dtype, "kernel": symbol}
+    share = one.K * one.VT * one.item_bytes
+    # Of the last row but one, whole; of the last, which is padding; beyond the grid.
+    first = (B - 2) * a_row - ahead
+    asked = []
+    for block in range(first, first + 2 * a_row + 1):
         result = launch.decode(inputs, **options, blocks=range(block, block + 1))
-        n, hv, x = (ahead + block) // 128, (ahead + block) // 16 % 8, block % 16
-        expected = []
-        if n == 20:
-            at = ((int(slots[n]) * HV + hv) * 128 + 8 * x) * row
-            first = FIRST_ADDRESS + list(result.arrays).index("state") * SPACING
-            expected = [(first + at, 8 * row)]
-        assert result.counters.prefetched == expected
+        asked += result.counters.prefetched
+    base = FIRST_ADDRESS + list(result.arrays).index("state") * SPACING
+    slot = base + int(slots[B - 2]) * a_row * share
+    expected = [(slot + i * share, share) for i in range(a_row)]
+    assert asked == expected
 
 
 @pytest.mark.parametrize(
     ("symbol", "wave"),
     [
         ("gdn_decode_kv_f32_k64_vt64_c4_g8", 528),
-        ("gdn_decode_vk_f32_k64_vt64_plain", 528),
-        ("gdn_step_kv_f32_k64_vt64_c4_g16_gw", 264),
+        ("gdn_decode_vk_f32_k64_vt64_r16_plain", 528),
     ],
 )
 def test_the_first_wave_of_a_large_grid_starts_apart(symbol, wave):
     one = module.instance_of(symbol)
     for B, slept in ((3 * wave // 8, False), (3 * wave // 8 + 1, True)):
-        case = of_instance(one, B=B, H=8, HV=8, T=1 if one.step else 2)
+        case = of_instance(one, B=B, H=8, HV=8, T=2)
         for block, in_first_wave in ((0, True), (wave - 1, True), (wave, False)):
             result = run(case, kernel=symbol, blocks=range(block, block + 1))
             code = result.program.kernel.code
