@@ -71,6 +71,7 @@ __device__ __forceinline__ void StoreZeros(const DecodeParams& p, const Place& a
 // What a token brings to the block, on its way to one warp.
 template <typename T>
 struct RawInputs {
+  static_assert(T::kPiece == 4);
   static constexpr int kLanesOfV = T::VT / 4;
   Raw<4> v;
   RawHead<T::K> head;

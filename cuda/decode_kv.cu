@@ -8,8 +8,9 @@
 // the state stays, as float32, until the last token is done.
 //
 // A block owns the K x VT tile of one state. A thread owns C neighbouring columns, one
-// access: 4, or 8 of a 16-bit state. Rows fall into 16 classes: row r is of class r / 4
-// mod 16. A thread has all rows of 16 / G neighbouring classes, G being 8 or 16.
+// access: 2 or 4, or 4 or 8 of a 16-bit state. Rows fall into 16 classes: row r is of
+// class r / 4 mod 16. A thread has all rows of 16 / G neighbouring classes, G being 8
+// or 16.
 //
 //                  column 0..C-1  C..2C-1    ...   VT-C..VT-1
 //     group 0       thread 0     thread 1   ...   thread L-1        L = VT / C lanes
@@ -270,8 +271,10 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
-  // Measured at K = 128.
-  if constexpr (!T::kStep && T::VT >= 64 && T::K <= 128) StartApart<T::kMinBlocks>();
+  // Measured at K = 128. Where blocks ask ahead they need not start apart.
+  if constexpr (T::VT >= 64 && T::K <= 128 && T::kAhead == 0) {
+    StartApart<T::kMinBlocks == 1 ? 512 / T::kThreads : T::kMinBlocks>();
+  }
   const Thread<T> thread;
   const Place at = {blockIdx.z, blockIdx.y, static_cast<int>(blockIdx.x * T::VT)};
   const int32_t read = ReadSlot(p, at.n);

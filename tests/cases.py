@@ -204,11 +204,16 @@ TILE_CASES = [
 ]
 TILE_CASES += [
     Case(B=33, state="bfloat16"),
-    Case(B=129, H=8, HV=8, K=64, V=64),
     *(
-        Case(B=B, H=8, HV=8, layout=layout, state=state)
-        for layout, state, B in itertools.product(
-            LAYOUTS, ("float32", "bfloat16"), (64, 129)
+        Case(B=B, H=8, HV=8, K=K, V=K, layout=layout, state=state)
+        for layout, state, (K, B) in itertools.product(
+            LAYOUTS,
+            ("float32", "bfloat16"),
+            # More states of a larger K would take minutes.
+            (
+                *itertools.product((64, 128), (64, 129)),
+                *itertools.product((64, 192, 256), (2, 20)),
+            ),
         )
     ),
 ]

@@ -13,16 +13,18 @@ pytestmark = pytest.mark.usefixtures("built")
 LOOP = "gdn_decode_kv_f32_k64_vt64_c4_g8"  # over tokens; of any dtypes
 STEPS = ("gdn_step_kv_f32_k64_vt16_c4_g8", "gdn_step_kv_f32_k64_vt64_c4_g8")
 APART = "gdn_step_kv_f32_k64_vt64_c4_g16_gw"  # its last warp makes the gates
+PAIRS = "gdn_step_kv_f32_k128_vt16_c2_g16_gw"  # likewise; two columns a thread
 ROWS_KERNEL = "gdn_step_vk_f32_k64_vt16_r4_streaming"  # likewise
 ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_r16_plain"
 KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS, APART])
 GATE_WARP = pytest.mark.parametrize(
     ("kernel", "threads"),
-    [("gdn_step_kv_f32_k128_vt16_c2_g16_gw", 160), (APART, 288), (ROWS_KERNEL, 160)],
+    [(PAIRS, 160), (APART, 288), (ROWS_KERNEL, 160)],
 )
 STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS])  # q and k
 WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, in several warps
-GATES = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:], APART])  # handed on
+# Handed on.
+GATES = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:], APART, ROWS_KERNEL])
 STEP_CASE = Case(B=2, H=1, HV=2, K=64, V=64)
 LOOP_CASE = dataclasses.replace(STEP_CASE, q="float32", k="float32")
 
@@ -162,11 +164,19 @@ def test_shared_index_one_off(kernel):
     caught_in_kernel(kernel, fault.SHARED_RACE, fault.UNINITIALISED, edit=edit)
 
 
-def test_sums_one_column_off():
+@pytest.mark.parametrize(("kernel", "columns"), [(APART, 4), (PAIRS, 2)])
+def test_sums_one_piece_off(kernel, columns):
     # The last of a warp's lands on the next warp's first, whose own is missing.
-    edit = edited(r"(st\.shared\.v4\.f32) \[(%r\d+)\]", r"\1 [\2+16]")
+    store = rf"(st\.shared\.v{columns}\.f32) \[(%r\d+)\]"
+    edit = edited(store, rf"\1 [\2+{4 * columns}]")
     kinds = fault.SHARED_RACE, fault.UNINITIALISED
-    caught_in_kernel(APART, *kinds, edit=edit)
+    caught_in_kernel(kernel, *kinds, edit=edit)
+
+
+def test_out_one_pair_off():
+    edit = edited(r"(st\.global\.u32) \[(%rd\d+)\], (%r\d+);", r"\1 [\2+4], \3;", -1)
+    kinds = fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS
+    caught_in_kernel(PAIRS, *kinds, edit=edit)
 
 
 @KERNELS
