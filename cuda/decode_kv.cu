@@ -184,10 +184,7 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
     const RawHead<T::K> head = LoadHead<T::K, true>(p, at, 0, thread.lane);
     const auto none = [](int, const float2&, const float2&) {};
     const Gates gates = MakeGates<true>(p, WidenHead<T::K, true>(p, head, none));
-    if (thread.lane == 0) shared_gates = gates;
-    __syncwarp();  // A warp arrives as one.
-    Arrive<T::kThreads>();
-    return PrefetchLater<T>(p, thread.lane);
+    return HandOn<T>(p, gates, thread.lane, shared_gates);
   }
   typename T::Access bits[T::kRows];
   LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);

@@ -166,10 +166,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
     const RawKeys<T> raw = LoadKeys<T>(p, key_head, at.lane);
     const Gates gates = MakeGates<T>(p, raw_gates, Widen<T>(raw.q, DType::kBFloat16),
                                      Widen<T>(raw.k, DType::kBFloat16));
-    if (at.lane == 0) shared_gates = gates;
-    __syncwarp();  // A warp arrives as one.
-    Arrive<T::kThreads>();
-    return PrefetchLater<T>(p, at.lane);
+    return HandOn<T>(p, gates, at.lane, shared_gates);
   }
   const int row = at.first_row + at.lane / T::kLanes;
   // All loads before the first is looked at.
@@ -284,8 +281,8 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
   if constexpr (T::VT == 64) StartApart<4>();
-  // From lane 0, so that the compiler sees that no warp diverges; tokens were slower
-  // so.
+  // From lane 0, so that the compiler sees that no warp diverges. It made tokens
+  // slower.
   const int warp = T::kStep ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0)
                             : static_cast<int>(threadIdx.x / 32);
   const Place at = {blockIdx.z, blockIdx.y,

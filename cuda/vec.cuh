@@ -1,5 +1,4 @@
-// Loads and stores whose storage type is known at run time, and the state's
-// 16-byte accesses.
+// Loads and stores whose storage type is known at run time.
 #ifndef JAX_GDN_CUDA_VEC_CUH_
 #define JAX_GDN_CUDA_VEC_CUH_
 

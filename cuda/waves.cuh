@@ -1,7 +1,8 @@
-// How the blocks of a large grid follow one another.
+// How the blocks of a large grid follow one another, and how a gate warp ends.
 #ifndef JAX_GDN_CUDA_WAVES_CUH_
 #define JAX_GDN_CUDA_WAVES_CUH_
 
+#include "cuda/gates.cuh"
 #include "cuda/state.cuh"
 
 namespace jax_gdn {
@@ -45,6 +46,17 @@ __device__ __forceinline__ void PrefetchLater(const DecodeParams& p, int lane) {
         HeadOfSlot(p, slot, head % gridDim.y) * gridDim.x + block % gridDim.x;
     PrefetchBulk(static_cast<const char*>(p.state.data) + share * kShare, kShare);
   }
+}
+
+// The end of a gate warp: the gates go to the warps that have rows, which wait for them
+// with WaitForArrivals; then it is free to ask for later rows.
+template <typename T>
+__device__ __forceinline__ void HandOn(const DecodeParams& p, const Gates& gates,
+                                       int lane, Gates& shared) {
+  if (lane == 0) shared = gates;
+  __syncwarp();  // A warp arrives as one.
+  Arrive<T::kThreads>();
+  PrefetchLater<T>(p, lane);
 }
 
 }  // namespace jax_gdn

@@ -18,12 +18,11 @@ ROWS_KERNEL = "gdn_step_vk_f32_k64_vt16_r4_streaming"  # likewise
 ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_r16_plain"
 KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS, APART])
 GATE_WARP = pytest.mark.parametrize(
-    ("kernel", "threads"),
-    [(PAIRS, 160), (APART, 288), (ROWS_KERNEL, 160)],
+    ("kernel", "threads"), [(PAIRS, 160), (APART, 288), (ROWS_KERNEL, 160)]
 )
 STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS])  # q and k
 WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, in several warps
-# Handed on.
+# Whose gates are handed on, from one warp to others.
 GATES = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:], APART, ROWS_KERNEL])
 STEP_CASE = Case(B=2, H=1, HV=2, K=64, V=64)
 LOOP_CASE = dataclasses.replace(STEP_CASE, q="float32", k="float32")
