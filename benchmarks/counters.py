@@ -38,8 +38,8 @@ METRICS = {
 BATCHES = {
     ("KV", "float32"): (1, 3, 5, 9, 33),
     ("KV", "bfloat16"): (1, 5, 9, 33),
-    ("VK", "float32"): (1, 5, 33),
-    ("VK", "bfloat16"): (1, 5, 33),
+    ("VK", "float32"): (1, 3, 33),
+    ("VK", "bfloat16"): (1, 3, 5, 33),
 }
 CASES = [
     case

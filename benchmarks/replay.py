@@ -37,6 +37,7 @@ from ptx.launch import plan_decode
 from ptx.module import find_cuobjdump
 
 BYTES_A_GRAPH = 2 * 10**9  # read and written: the start of a graph must not count
+CACHING = ("plain", "streaming", "around")  # in the order of cuda/state.cuh
 
 
 class Cuda:
@@ -242,13 +243,14 @@ class Replay:
     def passes(self) -> dict[str, Graph]:
         """Returns the in-place passes of cuda/pass.cu by what their symbols say.
 
-        Threads, accesses of each, and which of them leave the caches early.
+        Threads, accesses of each, and how loads and stores treat the caches.
         """
         graphs = {}
         for symbol, function in self._functions.items():
-            if not (found := re.search(r"FlipSignsILi(\d+)ELi(\d+)E(.*)E", symbol)):
+            pattern = r"FlipSignsILi(\d+)ELi(\d+)ELNS_7CachingE(\d)ELb(\d)E"
+            if not (found := re.search(pattern, symbol)):
                 continue
-            threads, each = int(found[1]), int(found[2])
+            threads, each, loads, streaming = map(int, found.groups())
             grid = (self.state_bytes // (16 * threads * each), 1, 1)
             two = self._states[0].dtype.itemsize == 2
             signs = ctypes.c_uint32(0x80008000 if two else 0x80000000)
@@ -256,9 +258,8 @@ class Replay:
                 Launch(function, grid, threads, [ctypes.c_uint64(x.address), signs])
                 for x in self._states
             ]
-            streaming = [bool(int(flag)) for flag in re.findall(r"Lb(\d)E", found[3])]
-            hints = [n for n, on in zip(("in", "out"), streaming, strict=True) if on]
-            name = f"pass {threads} x {each}, streaming {' and '.join(hints) or 'none'}"
+            name = f"pass {threads} x {each}, loads {CACHING[loads]}, "
+            name += f"stores {CACHING[streaming]}"
             graphs[name] = Graph(self._cuda, launches * self._rounds)
         return graphs
 

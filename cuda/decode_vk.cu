@@ -67,17 +67,13 @@ __device__ __forceinline__ RawGates LoadGates(const DecodeParams& p, int64_t hea
 template <typename T>
 __device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const RawGates& x,
                                            const Vector<T>& q, const Vector<T>& k) {
+  const float qq = WarpSum<T::kLanes>(DotOwn<T>(q, q.x));
+  const float kk = WarpSum<T::kLanes>(DotOwn<T>(k, k.x));
+  const float qk = WarpSum<T::kLanes>(DotOwn<T>(q, k.x));
   const float decay_input =
       Widen(x.a, TypeOf<T::kStep>(p.a)) + Widen(x.dt_bias, p.dt_bias.dtype);
   const float decay = !T::kStep && p.per_channel ? 1.0f : Decay(x.A_log, decay_input);
-  const Factors factor = NormFactors(p, WarpSum<T::kLanes>(DotOwn<T>(q, q.x)),
-                                     WarpSum<T::kLanes>(DotOwn<T>(k, k.x)));
-  return {decay,
-          Beta(Widen(x.b, TypeOf<T::kStep>(p.b))),
-          WarpSum<T::kLanes>(DotOwn<T>(q, k.x)) * factor.q * factor.k,
-          factor.k,
-          decay * factor.q,
-          decay * factor.k};
+  return MakeGates(p, decay, Widen(x.b, TypeOf<T::kStep>(p.b)), qq, kk, qk);
 }
 
 // exp(g) of a lane's channels, where each has its own.
@@ -97,9 +93,14 @@ __device__ __forceinline__ Vector<T> LoadDecay(const DecodeParams& p, int64_t he
 template <typename T>
 __device__ __forceinline__ uint4* FirstAccess(const DecodeParams& p, int32_t slot,
                                               unsigned hv, int row, int lane) {
-  const int64_t first_row = HeadOfSlot(p, slot, hv) * (T::kStep ? T::K : p.V) + row;
-  return reinterpret_cast<uint4*>(p.state.data) + first_row * T::kAccesses +
-         lane % T::kLanes;
+  auto* const data = reinterpret_cast<uint4*>(p.state.data);
+  const int64_t head = HeadOfSlot(p, slot, hv);
+  if constexpr (T::kStep) {  // a state's size is known
+    const unsigned within = row * T::kAccesses + lane % T::kLanes;
+    return data + head * (T::K * T::kAccesses) + within;
+  } else {
+    return data + (head * p.V + row) * T::kAccesses + lane % T::kLanes;
+  }
 }
 
 // A lane's place in the operands.
@@ -107,7 +108,8 @@ struct Place {
   unsigned n;  // sequence
   unsigned hv;
   int first_row;  // of V, of its warp's
-  int lane, warp;
+  int lane;
+  int warp;  // among those that have rows; -1 is a gate warp
 };
 
 // k^T S and q^T S of the row that the lane is left with.
@@ -155,34 +157,77 @@ __device__ __forceinline__ void UpdateToken(const DecodeParams& p, int64_t head,
   }
 }
 
+// What a step's gate warp leaves for the others.
+template <typename T>
+struct SharedStep {
+  Gates gates;
+  // Where it stages the inputs, too, as bfloat16: four values of all lanes, then more.
+  alignas(16) uint2 q[T::K / 4];
+  alignas(16) uint2 k[T::K / 4];
+  uint16_t v[T::VT];
+};
+
+// What the gate warp does: its loads before all else, then the gates for the others.
+template <typename T>
+__device__ __forceinline__ void MakeGatesApart(const DecodeParams& p, const Place& at,
+                                               SharedStep<T>& to) {
+  const unsigned head = at.n * p.HV + at.hv;
+  const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
+  const RawKeys<T> raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
+  Raw<1> raw_v = {};
+  const bool has_v = T::kStaged && at.lane < T::VT;
+  if (has_v) {
+    raw_v = LoadRaw<1, true>(p.v, int64_t{head} * T::K + blockIdx.x * T::VT + at.lane);
+  }
+  if (ReadSlot(p, at.n) == kNoSlot) return;  // nobody waits
+  if constexpr (T::kStaged) {
+    if (at.lane < T::kLanes) {
+#pragma unroll
+      for (int i = 0; i < T::kOwn / 4; ++i) {
+        to.q[i * T::kLanes + at.lane] = raw.q.x[i].low;
+        to.k[i * T::kLanes + at.lane] = raw.k.x[i].low;
+      }
+    }
+    if (has_v) to.v[at.lane] = raw_v.low;
+  }
+  const Gates gates = MakeGates<T>(p, raw_gates, Widen<T>(raw.q, DType::kBFloat16),
+                                   Widen<T>(raw.k, DType::kBFloat16));
+  HandOn<T>(p, gates, at.lane, to.gates);
+}
+
 // One token is all there is.
 template <typename T>
 __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& at,
-                                           int32_t read) {
-  __shared__ Gates shared_gates;
-  const unsigned head = at.n * p.HV + at.hv, key_head = at.n * p.H + KeyHead(p, at.hv);
-  if (at.warp == T::kWarps) {
-    const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
-    const RawKeys<T> raw = LoadKeys<T>(p, key_head, at.lane);
-    const Gates gates = MakeGates<T>(p, raw_gates, Widen<T>(raw.q, DType::kBFloat16),
-                                     Widen<T>(raw.k, DType::kBFloat16));
-    return HandOn<T>(p, gates, at.lane, shared_gates);
-  }
+                                           int32_t read, const SharedStep<T>& shared) {
+  const unsigned head = at.n * p.HV + at.hv;
   const int row = at.first_row + at.lane / T::kLanes;
   // All loads before the first is looked at.
   OwnRows<T> rows;
   rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
-  const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
-  const Raw<1> raw_v = LoadRaw<1, true>(p.v, own);
-  const RawKeys<T> raw = LoadKeys<T>(p, key_head, at.lane);
+  RawKeys<T> raw = {};
+  Raw<1> raw_v = {};
+  if constexpr (!T::kStaged) {
+    const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
+    raw_v = LoadRaw<1, true>(p.v, own);
+    raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
+  }
   const int32_t wanted = WantedSlot(p, at.n, 0, read);
+  // Early: the rows are what is waited for longest.
+  WaitForArrivals<T::kThreads>();
+  if constexpr (T::kStaged) {
+#pragma unroll
+    for (int i = 0; i < T::kOwn / 4; ++i) {
+      raw.q.x[i].low = shared.q[i * T::kLanes + at.lane % T::kLanes];
+      raw.k.x[i].low = shared.k[i * T::kLanes + at.lane % T::kLanes];
+    }
+    raw_v.low = shared.v[at.warp * T::kWarpRows + OwnRow<T>(at.lane)];
+  }
   const Vector<T> q = Widen<T>(raw.q, DType::kBFloat16);
   const Vector<T> k = Widen<T>(raw.k, DType::kBFloat16);
   float s[T::kRows][T::kOwn];
   rows.Unpack(s);
   const OwnSums sums = SumToken<T>(q, k, s, at.lane);
-  WaitForArrivals<T::kThreads>();
-  UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared_gates, sums, s);
+  UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared.gates, sums, s);
   if (CheckSlot(p, wanted) == kNoSlot) return;
   rows.Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
 }
@@ -277,29 +322,36 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
   }
 }
 
+// A row that is padding.
+template <typename T>
+__device__ __forceinline__ void StoreZeros(const DecodeParams& p, const Place& at,
+                                           int64_t tokens) {
+  if (at.lane % T::kSameRow != 0) return;
+#pragma unroll 1
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t head = (at.n * p.T + t) * p.HV + at.hv;
+    Store1(p.out, head * p.V + at.first_row + OwnRow<T>(at.lane), 0.0f);
+  }
+}
+
 // Grid: (V / VT, HV, B).
 template <typename T>
 __device__ __forceinline__ void Decode(const DecodeParams& p) {
   if constexpr (T::VT == 64) StartApart<4>();
-  // From lane 0, so that the compiler sees that no warp diverges. It made tokens
-  // slower.
-  const int warp = T::kStep ? __shfl_sync(0xffffffffu, threadIdx.x / 32, 0)
-                            : static_cast<int>(threadIdx.x / 32);
+  // What WarpNumber does made tokens slower.
+  const int warp = T::kStep ? WarpNumber() - 1 : static_cast<int>(threadIdx.x / 32);
   const Place at = {blockIdx.z, blockIdx.y,
                     static_cast<int>(blockIdx.x * T::VT) + warp * T::kWarpRows,
                     static_cast<int>(threadIdx.x % 32), warp};
-  const int32_t read = ReadSlot(p, at.n);
-  if (read == kNoSlot) {
-    const int64_t tokens = T::kStep ? 1 : p.T;
-    const bool has_row = at.warp < T::kWarps && at.lane % T::kSameRow == 0;
-#pragma unroll 1
-    for (int64_t t = 0; t < tokens && has_row; ++t) {
-      const int64_t head = (at.n * p.T + t) * p.HV + at.hv;
-      Store1(p.out, head * p.V + at.first_row + OwnRow<T>(at.lane), 0.0f);
-    }
-  } else if constexpr (T::kStep) {
-    DecodeStep<T>(p, at, read);
+  if constexpr (T::kStep) {
+    __shared__ SharedStep<T> shared;
+    if (warp < 0) return MakeGatesApart<T>(p, at, shared);
+    const int32_t read = ReadSlot(p, at.n);
+    if (read == kNoSlot) return StoreZeros<T>(p, at, 1);
+    DecodeStep<T>(p, at, read, shared);
   } else {
+    const int32_t read = ReadSlot(p, at.n);
+    if (read == kNoSlot) return StoreZeros<T>(p, at, p.T);
     DecodeTokens<T>(p, at, read);
   }
 }
@@ -311,15 +363,19 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   gdn_##kind##_vk_##name##_k##K##_vt##VT##_r##R##_##access
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
-#define JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)                         \
-  Rows<dtype, K, R, VT / R, JAX_GDN_IS_STREAMING_##access, JAX_GDN_IS_STEP_##kind, \
-       K == 128 ? ahead : 0>
+#define JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)                    \
+  Rows<dtype, K, R, VT / R, JAX_GDN_CACHING_##access, JAX_GDN_IS_STEP_##kind, \
+       JAX_GDN_IS_STAGED_##access, K == 128 ? ahead : 0>
 // One block at least leaves the compiler all registers: it then issues the loads of a
 // short kernel first. With four, tokens of 16-bit states of K = 192 would spill.
 #define JAX_GDN_BLOCKS_step(K) 1
 #define JAX_GDN_BLOCKS_decode(K) (K == 192 ? 3 : 4)
-#define JAX_GDN_IS_STREAMING_streaming true
-#define JAX_GDN_IS_STREAMING_plain false
+#define JAX_GDN_CACHING_plain Caching::kPlain
+#define JAX_GDN_CACHING_streaming Caching::kStreaming
+#define JAX_GDN_CACHING_staged Caching::kStreaming
+#define JAX_GDN_IS_STAGED_plain false
+#define JAX_GDN_IS_STAGED_streaming false
+#define JAX_GDN_IS_STAGED_staged true
 #define JAX_GDN_DEFINE(kind, name, dtype, K, VT, R, access, ahead, max_states) \
   extern "C" __global__ void __launch_bounds__(                                \
       (JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)::kThreads),          \
@@ -343,13 +399,15 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 // PrefetchLater), max_states. Tuned at K = 128, steps on an H100, others on an H200.
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 16, 4, streaming, 10, 1024)                          \
+  X(step, f32, DType::kFloat32, K, 16, 4, streaming, 0, K == 128 ? 64 : 1024)           \
   X(step, f32, DType::kFloat32, K, 16, 4, plain, 5, kMany)                              \
   X(step, bf16, DType::kBFloat16, K, 16, 4, streaming, 0, 128)                          \
   X(step, bf16, DType::kBFloat16, K, 32, 8, streaming, 6, 512)                          \
   X(step, bf16, DType::kBFloat16, K, 32, 8, plain, 6, kMany)
-#define JAX_GDN_FOR_EACH_SMALL_STEP(X, K)                                               \
-  X(step, f32, DType::kFloat32, K, 16, 2, streaming, 0, 32)
+// Of K = 128, which models have.
+#define JAX_GDN_FOR_EACH_TUNED_STEP(X, K)                                               \
+  X(step, f32, DType::kFloat32, K, 16, 4, staged, 10, 1024)                             \
+  X(step, bf16, DType::kBFloat16, K, 32, 4, staged, 0, 32)
 #define JAX_GDN_FOR_EACH_DECODE(X, K, VT, R, max_states)                                \
   X(decode, f32, DType::kFloat32, K, VT, R, plain, 0, max_states)                       \
   X(decode, bf16, DType::kBFloat16, K, VT, R, plain, 0, max_states)                     \
@@ -357,7 +415,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_STEP(X, 64) JAX_GDN_FOR_EACH_STEP(X, 128)                            \
   JAX_GDN_FOR_EACH_STEP(X, 192) JAX_GDN_FOR_EACH_STEP(X, 256)                           \
-  JAX_GDN_FOR_EACH_SMALL_STEP(X, 128)                                                   \
+  JAX_GDN_FOR_EACH_TUNED_STEP(X, 128)                                                   \
   JAX_GDN_FOR_EACH_DECODE(X, 64, 16, 4, 64) JAX_GDN_FOR_EACH_DECODE(X, 128, 16, 4, 64)  \
   JAX_GDN_FOR_EACH_DECODE(X, 192, 16, 4, 64) JAX_GDN_FOR_EACH_DECODE(X, 256, 16, 4, 64) \
   JAX_GDN_FOR_EACH_DECODE(X, 64, 64, 16, kMany)                                         \

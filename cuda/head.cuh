@@ -93,10 +93,9 @@ __device__ __forceinline__ GateInputs WidenHead(const DecodeParams& p,
 template <bool kStep>
 __device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const GateInputs& x) {
   const bool per_channel = !kStep && p.per_channel;
+  const float qq = WarpSum(x.qq), kk = WarpSum(x.kk), qk = WarpSum(x.qk);
   const float decay = per_channel ? 1.0f : Decay(x.A_log, x.decay_input);
-  const Factors factor = NormFactors(p, WarpSum(x.qq), WarpSum(x.kk));
-  return {decay,    Beta(x.b),        WarpSum(x.qk) * factor.q * factor.k,
-          factor.k, decay * factor.q, decay * factor.k};
+  return MakeGates(p, decay, x.b, qq, kk, qk);
 }
 
 // What a token brings to a head, staged in shared memory as float32: q and k as they

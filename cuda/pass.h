@@ -13,7 +13,7 @@ extern const int kPassShapes;
 
 // Changes the sign of every entry, of 4 or 2 bytes. `count` is in 16 bytes and a
 // multiple of kPassMultiple; 0 <= shape < kPassShapes.
-inline constexpr int64_t kPassMultiple = 256;
+inline constexpr int64_t kPassMultiple = 512;
 cudaError_t LaunchPass(void* data, int64_t count, int entry_bytes, int shape,
                        cudaStream_t stream);
 

@@ -50,6 +50,19 @@ __device__ __forceinline__ void LoadStreaming(const void* from, uint2& to) {
                : "l"(from));
 }
 
+// The same, not streaming but asking the L2 cache for the 256 bytes around (.L2::256B).
+__device__ __forceinline__ void LoadAround(const void* from, uint4& to) {
+  asm volatile("ld.global.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+               : "l"(from));
+}
+
+__device__ __forceinline__ void LoadAround(const void* from, uint2& to) {
+  asm volatile("ld.global.L2::256B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(to.x), "=r"(to.y)
+               : "l"(from));
+}
+
 // 9.7.13.1, barrier: of a block's warps some say that they are here, and the others
 // wait for all. Barrier 0 is that of __syncthreads.
 template <int kThreads>

@@ -8,15 +8,17 @@
 
 namespace jax_gdn {
 
-template <DType kState_, int K_, int kWarpRows_, int kWarps_, bool kStreaming_,
-          bool kStep_, int kAhead_>
+template <DType kState_, int K_, int kWarpRows_, int kWarps_, Caching kCaching_,
+          bool kStep_, bool kStaged_, int kAhead_>
 struct Rows {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, kWarpRows = kWarpRows_;
   static constexpr int kWarps = kWarps_;  // that have rows
   static constexpr int VT = kWarps * kWarpRows;
   static constexpr bool kStep = kStep_;
-  // In a "step" a warp more, that has none and computes the gates.
+  // In a "step" a warp more, the first, that has none and computes the gates. It may
+  // stage q, k and v for the others.
+  static constexpr bool kStaged = kStaged_;
   static constexpr int kThreads = 32 * (kWarps + (kStep ? 1 : 0));
   static constexpr int kAhead = kAhead_;                   // see PrefetchLater
   static constexpr int kWidth = 16 / kStateBytes<kState>;  // values in an access
@@ -30,7 +32,7 @@ struct Rows {
   static constexpr int kRows = kWarpRows / kRowsAtOnce;  // of a lane
   // Lanes that are left with the sums of the same row.
   static constexpr int kSameRow = kLanes / kRows;
-  static constexpr bool kStreaming = kStreaming_;  // see LoadState
+  static constexpr Caching kCaching = kCaching_;
   static_assert(kRows >= 1 && kSameRow >= 1);
 };
 
@@ -147,7 +149,7 @@ struct OwnRows {
     for (int i = 0; i < T::kRows; ++i) {
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
-        bits[i][part] = LoadState<T::kStreaming>(from + i * kStep + part * T::kLanes);
+        bits[i][part] = LoadState<T::kCaching>(from + i * kStep + part * T::kLanes);
       }
     }
     __syncwarp();  // The compiler moves no access across.
@@ -167,8 +169,8 @@ struct OwnRows {
     for (int i = 0; i < T::kRows; ++i) {
 #pragma unroll
       for (int part = 0; part < T::kParts; ++part) {
-        StoreState<T::kStreaming>(to + i * kStep + part * T::kLanes,
-                                  PackState<T::kState, uint4>(&s[i][part * T::kWidth]));
+        StoreState<T::kCaching>(to + i * kStep + part * T::kLanes,
+                                PackState<T::kState, uint4>(&s[i][part * T::kWidth]));
       }
     }
   }

@@ -52,25 +52,31 @@ struct AccessOf<16> {
   using Type = uint4;
 };
 
-// Streaming accesses leave the caches early: they win while few blocks run, and lose
-// where many do.
-template <bool kStreaming, typename Access>
+// How accesses treat the caches. Streaming ones leave them early: they win while few
+// blocks run, and lose where many do. While there is one block or two a multiprocessor,
+// and each reads pieces of rows, it helps that the first piece read brings its
+// neighbours to the L2 cache; then loads are not streaming, stores are.
+enum class Caching { kPlain, kStreaming, kAround };
+
+template <Caching kCaching, typename Access>
 __device__ __forceinline__ Access LoadState(const Access* from) {
   Access bits;
-  if constexpr (kStreaming) {
+  if constexpr (kCaching == Caching::kStreaming) {
     LoadStreaming(from, bits);
+  } else if constexpr (kCaching == Caching::kAround) {
+    LoadAround(from, bits);
   } else {
     Load(from, bits);
   }
   return bits;
 }
 
-template <bool kStreaming, typename Access>
+template <Caching kCaching, typename Access>
 __device__ __forceinline__ void StoreState(Access* to, Access bits) {
-  if constexpr (kStreaming) {
-    __stcs(to, bits);
-  } else {
+  if constexpr (kCaching == Caching::kPlain) {
     *to = bits;
+  } else {
+    __stcs(to, bits);
   }
 }
 

@@ -11,7 +11,7 @@ namespace jax_gdn {
 constexpr int kClasses = 16;
 
 template <DType kState_, int K_, int VT_, int kColumns_, int kRowGroups_,
-          bool kStreaming_, int kMinBlocks_, bool kStep_, bool kGateWarp_, int kAhead_>
+          Caching kCaching_, int kMinBlocks_, bool kStep_, bool kGateWarp_, int kAhead_>
 struct Tile {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, VT = VT_;
@@ -23,7 +23,7 @@ struct Tile {
   static constexpr int kLanes = VT / kColumns;  // that share a row
   static constexpr int kRowGroups = kRowGroups_;
   static constexpr int kWarps = kLanes * kRowGroups / 32;  // that have rows
-  // A warp more, that has none and computes the gates.
+  // A warp more, the first, that has none and computes the gates.
   static constexpr bool kGateWarp = kGateWarp_;
   static constexpr int kThreads = 32 * (kWarps + (kGateWarp ? 1 : 0));
   static constexpr int kOwnClasses = kClasses / kRowGroups;  // of a thread
@@ -33,9 +33,9 @@ struct Tile {
   // few.
   static constexpr int kTokensOfWarp = kWarps >= 4 ? 1 : K > 128 ? 2 : 4 / kWarps;
   static constexpr int kTokens = kWarps >= 4 ? 4 : kWarps * kTokensOfWarp;
-  static constexpr bool kStreaming = kStreaming_;  // see LoadState
-  static constexpr int kMinBlocks = kMinBlocks_;   // on a multiprocessor
-  static constexpr int kAhead = kAhead_;           // see PrefetchLater
+  static constexpr Caching kCaching = kCaching_;
+  static constexpr int kMinBlocks = kMinBlocks_;  // on a multiprocessor
+  static constexpr int kAhead = kAhead_;          // see PrefetchLater
   // A 16-bit state stays as it is stored where one token is all there is to do.
   static constexpr bool kPacked = kStep && kState != DType::kFloat32;
   using Access = typename AccessOf<kColumns * kStateBytes<kState>>::Type;
@@ -45,17 +45,18 @@ struct Tile {
   static_assert(kGateWarp || kAhead == 0);
 };
 
-// A thread's place in the block.
+// A thread's place among those that have rows.
 template <typename T>
 struct Thread {
   int lane, warp;
   int column;  // the first of its C
-  int group;   // that has its rows; none has those of a gate warp
+  int group;   // that has its rows
 
-  __device__ __forceinline__ Thread()
-      : lane(threadIdx.x % 32), warp(T::kThreads == 32 ? 0 : threadIdx.x / 32) {
+  __device__ __forceinline__ Thread() : lane(threadIdx.x % 32) {
+    const unsigned index = threadIdx.x - (T::kGateWarp ? 32 : 0);
+    warp = T::kThreads == 32 ? 0 : index / 32;
     column = T::kColumns * (lane % T::kLanes);
-    group = threadIdx.x / T::kLanes;
+    group = index / T::kLanes;
   }
 
   // The first row of quad j of its class c.
@@ -242,14 +243,14 @@ template <typename T>
 __device__ __forceinline__ void LoadRows(const typename T::Access* from, int64_t stride,
                                          typename T::Access (&bits)[T::kRows]) {
   ForEachRow<T>(
-      [&](int i, int row) { bits[i] = LoadState<T::kStreaming>(from + row * stride); });
+      [&](int i, int row) { bits[i] = LoadState<T::kCaching>(from + row * stride); });
 }
 
 template <typename T>
 __device__ __forceinline__ void StoreRows(typename T::Access* to, int64_t stride,
                                           const Owned<T>& state) {
   ForEachRow<T>([&](int i, int row) {
-    StoreState<T::kStreaming>(to + row * stride, state.Bits(i));
+    StoreState<T::kCaching>(to + row * stride, state.Bits(i));
   });
 }
 

@@ -48,6 +48,12 @@ __device__ __forceinline__ void PrefetchLater(const DecodeParams& p, int lane) {
   }
 }
 
+// A block's first warp, which starts first. From lane 0, so that the compiler sees that
+// no warp diverges here; else it keeps a second copy of what follows.
+__device__ __forceinline__ int WarpNumber() {
+  return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+}
+
 // The end of a gate warp: the gates go to the warps that have rows, which wait for them
 // with WaitForArrivals; then it is free to ask for later rows.
 template <typename T>

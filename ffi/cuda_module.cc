@@ -106,7 +106,7 @@ ffi::Error Pass(cudaStream_t stream, ffi::AnyBuffer data, ffi::RemainingArgs,
       count % kPassMultiple != 0 || (entry != 2 && entry != 4) ||
       data.untyped_data() != result->untyped_data()) {
     return ffi::Error::InvalidArgument(
-        "jax_gdn: an in-place pass needs a known shape, a multiple of 4 KB of 2- or "
+        "jax_gdn: an in-place pass needs a known shape, a multiple of 8 KB of 2- or "
         "4-byte entries, and a donated buffer");
   }
   const cudaError_t error =

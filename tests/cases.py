@@ -203,7 +203,11 @@ TILE_CASES = [
     )
 ]
 TILE_CASES += [
-    Case(B=33, state="bfloat16"),
+    *(
+        Case(B=B, state="bfloat16", layout=layout)
+        for layout in LAYOUTS
+        for B in (9, 33)
+    ),
     *(
         Case(B=B, H=8, HV=8, K=K, V=K, layout=layout, state=state)
         for layout, state, (K, B) in itertools.product(

@@ -54,7 +54,10 @@ def replay(monkeypatch):
 def test_graphs_hold_calls_over_all_states_in_turn(replay, monkeypatch):
     from jax_gdn import _cuda
 
-    symbols = [*_cuda.kernel_symbols(), "_Z9FlipSignsILi128ELi2ELb1ELb0EEvP5uint4j"]
+    symbols = [
+        *_cuda.kernel_symbols(),
+        "FlipSignsILi128ELi2ELNS_7CachingE2ELb1EEEvP5uint4j",
+    ]
     numbered = {s: ctypes.c_void_p(i + 1) for i, s in enumerate(symbols)}
     functions = types.SimpleNamespace(by_symbol=numbered)
     monkeypatch.setattr(replay, "BYTES_A_GRAPH", 3 * 2 * 2 * 16 * 2**20)
@@ -83,7 +86,7 @@ def test_graphs_hold_calls_over_all_states_in_turn(replay, monkeypatch):
 
     driver.launched.clear()
     (name,) = run.passes()
-    assert name == "pass 128 x 2, streaming in"
+    assert name == "pass 128 x 2, loads around, stores streaming"
     assert [launch[3] for launch in driver.launched] == own * 3
     accesses = 16 * 32 * 128 * 128 * 2 // 16
     assert driver.launched[0][1] == (accesses // 256, 1, 1)

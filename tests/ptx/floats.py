@@ -80,24 +80,13 @@ def _to_odd(s, error):
     return bits.view(np.float64)
 
 
-def _directed(s, error, toward_zero: bool):
-    """Rounds s + error to float32 towards zero, or else down."""
+def _rounded_down(s, error):
+    """Rounds s + error to float32."""
     nearest = s.astype(F32)
     wide = nearest.astype(np.float64)
-    finite = np.isfinite(s)
     # nearest - (s + error), whose sign is all that matters; s is within 2**29 units.
-    above = (wide > s) | ((wide == s) & (error < 0))
-    below = (wide < s) | ((wide == s) & (error > 0))
-    down = above if not toward_zero else above & (s > 0)
-    up = below & (s < 0) if toward_zero else np.zeros_like(below)
-    result = np.where(finite & down, np.nextafter(nearest, F32(-np.inf)), nearest)
-    return np.where(finite & up, np.nextafter(nearest, F32(np.inf)), result)
-
-
-def add_rz(a, b):
-    """add.rz.f32, rounded towards zero."""
-    s, error = _two_sum(a.astype(np.float64), b.astype(np.float64))
-    return canonical(_directed(s, error, toward_zero=True))
+    above = np.isfinite(s) & ((wide > s) | ((wide == s) & (error < 0)))
+    return np.where(above, np.nextafter(nearest, F32(-np.inf)), nearest)
 
 
 def fma_rm(a, b, c):
@@ -105,7 +94,7 @@ def fma_rm(a, b, c):
     product = a.astype(np.float64) * b.astype(np.float64)
     wide = c.astype(np.float64)
     s, error = _two_sum(product, wide)
-    result = _directed(s, error, toward_zero=False)
+    result = _rounded_down(s, error)
     cancelled = (s == 0) & (np.signbit(product) != np.signbit(wide))
     return canonical(np.where(cancelled, F32(-0.0), result))
 

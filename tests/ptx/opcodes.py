@@ -127,7 +127,6 @@ def _special(name: str, count: int, compute) -> tuple[str, Operation]:
 OPERATIONS: dict[str, Operation] = dict(
     [
         _float("add.f32", 2, floats.add),
-        _float("add.rz.f32", 2, floats.add_rz),
         _float("mul.f32", 2, floats.mul),
         _float("fma.rn.f32", 3, floats.fma),
         _float("fma.rm.f32", 3, floats.fma_rm),
@@ -138,7 +137,7 @@ OPERATIONS: dict[str, Operation] = dict(
         _special("rsqrt.approx.f32", 1, floats.rsqrt),
         _special("div.approx.f32", 2, floats.div),
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
-        *(_integer(name, operator.sub) for name in ("sub.s32", "sub.s64")),
+        _integer("sub.s64", operator.sub),
         *(_integer(name, operator.mul) for name in ("mul.lo.s32", "mul.lo.s64")),
         # By zero, what PTX leaves open is 0.
         _integer("div.u32", operator.floordiv),
@@ -159,13 +158,14 @@ OPERATIONS: dict[str, Operation] = dict(
         ("prmt.b32", Operation("b32", ("b32",) * 3, _permute_bytes, "integer")),
         *(
             _compare(f"setp.eq.{kind}", operator.eq)
-            for kind in ("s16", "s32", "b32", "s64", "f32")
+            for kind in ("s16", "s32", "b32", "s64")
         ),
         *(_compare(f"setp.ne.{kind}", operator.ne) for kind in ("s16", "s32", "s64")),
         *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32", "s64")),
         *(_compare(f"setp.gt.{kind}", operator.gt) for kind in ("s32", "u32", "s64")),
-        *(_compare(f"setp.ge.{kind}", operator.ge) for kind in ("u32", "s64")),
+        *(_compare(f"setp.ge.{kind}", operator.ge) for kind in ("u32", "s64", "f32")),
         _compare("setp.le.s64", operator.le),
+        _compare("setp.ltu.f32", lambda a, b: ~(a >= b)),  # true of NaN, too
         *(
             (f"selp.{kind}", Operation(kind, (kind, kind, "pred"), _select, "integer"))
             for kind in ("b32", "b64", "f32")
@@ -175,7 +175,6 @@ OPERATIONS: dict[str, Operation] = dict(
         _conversion("cvt.u32.u64"),
         _conversion("cvt.u64.u32"),
         _conversion("cvt.s64.s32"),
-        _conversion("cvt.rn.f32.s32"),
         _conversion("cvt.sat.f32.f32", floats.saturate),
         _conversion("cvt.f32.f16", floats.from_float16),
         *(

@@ -30,7 +30,7 @@ SPECIAL = (
     "%tid.x",
     *(f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"),
 )
-CACHE_HINTS = ("cs",)  # of ld.global and st.global; no effect on results
+CACHE_HINTS = ("cs", "L2::256B")  # of ld.global and st.global; no effect on results
 CLASSES = {  # of the instructions that OPERATIONS leaves out
     "ld.param": "constant",
     "ld.global": "global",

@@ -28,6 +28,7 @@ CASES = [
     # Of others, what only these numbers of states take.
     *(dataclasses.replace(EXACT, B=B) for B in (17, 33)),
     dataclasses.replace(EXACT, state="bfloat16", B=33),
+    dataclasses.replace(EXACT, state="bfloat16", B=9, layout="VK"),
     *(
         dataclasses.replace(EXACT, layout=layout, state=state, B=257)
         for layout, state in itertools.product(LAYOUTS, ("float32", "bfloat16"))

@@ -124,8 +124,9 @@ def exchange(between: str, other: int) -> str:
     return (
         f"""st.shared.u32 [%r4], %r1;
         {between}
-        or.b32 %r7, %r1, {other}; and.b32 %r8, %r1, {other}; sub.s32 %r7, %r7, %r8;
-        shl.b32 %r7, %r7, 2; mov.u32 %r8, tile; add.s32 %r8, %r8, %r7;
+        or.b32 %r7, %r1, {other}; and.b32 %r8, %r1, {other};
+        mad.lo.s32 %r7, %r8, -1, %r7; shl.b32 %r7, %r7, 2;
+        mov.u32 %r8, tile; add.s32 %r8, %r8, %r7;
         ld.shared.u32 %r6, [%r8];"""
         + LAST
     )
@@ -296,7 +297,8 @@ def test_shuffle_from_a_lane_that_takes_no_part():
 def test_two_blocks_write_one_location(blocks):
     found = caught(
         fault.BLOCK_CONFLICT,
-        "sub.s32 %r7, %r1, %r3; mul.wide.s32 %rd4, %r7, 4; add.s64 %rd2, %rd2, %rd4;"
+        "mad.lo.s32 %r7, %r3, -1, %r1;"
+        "mul.wide.s32 %rd4, %r7, 4; add.s64 %rd2, %rd2, %rd4;"
         "mov.u32 %r6, 1;" + LAST,
         blocks=blocks,
     )
@@ -328,7 +330,7 @@ def test_one_block_writes_what_another_read():
 def test_two_threads_of_a_block_write_one_location():
     caught(
         fault.THREAD_CONFLICT,
-        "cvt.u64.u32 %rd4, %r5; sub.s32 %r7, 0, %r1; mul.wide.s32 %rd4, %r7, 4;"
+        "cvt.u64.u32 %rd4, %r5; mad.lo.s32 %r7, %r1, -1, 0; mul.wide.s32 %rd4, %r7, 4;"
         "add.s64 %rd2, %rd2, %rd4; mov.u32 %r6, 1;" + LAST,
     )
 

@@ -151,7 +151,7 @@ def test_barrier_passes_values_between_warps():
     outcome = fixtures.run(
         """st.shared.u32 [%r4], %r1;
         bar.sync 0;
-        sub.s32 %r7, 63, %r1;
+        mad.lo.s32 %r7, %r1, -1, 63;
         shl.b32 %r7, %r7, 2;
         mov.u32 %r8, tile;
         add.s32 %r8, %r8, %r7;
@@ -211,7 +211,7 @@ def test_one_block_may_pass_a_barrier_that_another_never_reaches():
 
 def address(stride: int, register="%rd1", result="%rd4") -> str:
     """Code for `register` + stride times the thread, from the start of the buffer."""
-    return f"""sub.s32 %r9, 0, %r3; mul.wide.s32 %rd5, %r9, 4;
+    return f"""mad.lo.s32 %r9, %r3, -1, 0; mul.wide.s32 %rd5, %r9, 4;
         add.s64 {result}, {register}, %rd5;
         mul.wide.s32 %rd5, %r1, {stride}; add.s64 {result}, {result}, %rd5;"""
 

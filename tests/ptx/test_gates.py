@@ -1,0 +1,56 @@
+"""How exact the decay is, on the machine, and the polynomial in it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import Case
+
+from ptx import floats, launch
+
+ULP = 2.0**-23  # of a float32, at most, relative to it
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("layout", ["KV", "VK"])
+@pytest.mark.parametrize("T", [1, 2])  # a step kernel, one that loops
+def test_decay_is_exact_to_rounding(layout, T):
+    HV = 512
+    case = Case(B=1, T=T, H=1, HV=HV, K=64, V=64, layout=layout)
+    x = np.linspace(-30, 20, HV).astype(np.float32)
+    given = case.inputs()
+    given |= {"A_log": np.zeros(HV, np.float32), "dt_bias": x}
+    given |= {name: np.zeros_like(given[name]) for name in ("a", "k")}
+    given["state"] = np.ones_like(given["state"])
+    result = launch.decode(given, **case.settings, out_dtype=case.out_dtype)
+    # With k = 0 and S = 1, what is left is exp(g), of every token.
+    softplus = np.logaddexp(0, x.astype(np.float64))[None, :, None, None]
+    decay = np.exp(-T * softplus)
+    # exp and log(1 + .) within 2 ulp and 1, a sum and a product rounded, then exp
+    # again; and the product with the last token's.
+    allowed = T * (3.5 * softplus + 2.5) * ULP * decay
+    error = np.abs(result.arrays["state"] - decay)
+    assert (error <= allowed).all(), (error / decay).max() / ULP
+
+
+def test_the_polynomial_is_within_an_ulp():
+    source = Path(__file__).parents[2] / "cuda" / "gates.cuh"
+    body = source.read_text().split("float Log1pOfFraction")[1].split("\n}\n")[0]
+    first, *rest = re.findall(r"r = (?:fmaf\(r, m, )?(-?0\.\d+)f", body)
+    assert len(rest) == 8
+    x = np.linspace(0, 1, 2**20 + 1).astype(np.float32)
+    x = np.append(x, np.float32(2.0) ** np.arange(-149, 0))
+    half, one = np.float32([0.5]), np.float32([1])
+    upper = x >= half
+    m = np.where(upper, floats.fma(half, x, -half), x)
+    r = np.full_like(m, first)
+    for coefficient in rest:
+        r = floats.fma(r, m, np.float32([coefficient]))
+    r = floats.fma(floats.mul(r, m), m, m)
+    (ln2,) = re.findall(r"upper \? r \+ (0\.\d+)f", body)
+    r = np.where(upper, floats.fma(r, one, np.float32([ln2])), r)
+    exact = np.log1p(x.astype(np.float64))
+    error = np.abs(r - exact) / np.spacing(exact.astype(np.float32))
+    assert error[x > 0].max() < 1
+    assert r[0] == 0
