@@ -400,7 +400,7 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
   X(step, f32, DType::kFloat32, K, 16, 4, streaming, 0, K == 128 ? 64 : 1024)           \
-  X(step, f32, DType::kFloat32, K, 16, 4, plain, 5, kMany)                              \
+  X(step, f32, DType::kFloat32, K, 32, 4, plain, 3, kMany)                              \
   X(step, bf16, DType::kBFloat16, K, 16, 4, streaming, 0, 128)                          \
   X(step, bf16, DType::kBFloat16, K, 32, 8, streaming, 6, 512)                          \
   X(step, bf16, DType::kBFloat16, K, 32, 8, plain, 6, kMany)

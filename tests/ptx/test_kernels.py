@@ -203,7 +203,7 @@ AHEAD = {
     "gdn_step_kv_bf16_k128_vt64_c4_g8_gw": 4,
     "gdn_step_kv_bf16_k128_vt128_c4_g8_gw": 1,
     "gdn_step_vk_f32_k128_vt16_r4_staged": 10,
-    "gdn_step_vk_f32_k128_vt16_r4_plain": 5,
+    "gdn_step_vk_f32_k128_vt32_r4_plain": 3,
     "gdn_step_vk_bf16_k128_vt32_r8_streaming": 6,
     "gdn_step_vk_bf16_k128_vt32_r8_plain": 6,
 }
