@@ -339,28 +339,28 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
 // on an H200 and an H100; a larger K has no registers to share.
 // clang-format off
 #define JAX_GDN_FOR_EACH_TILE(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 16, 4, 8, , Streaming, 1, 0, K == 128 ? 128 : 256)        \
+  X(step, f32, DType::kFloat32, K, 16, 4, 8, , Streaming, 1, 0, K == 128 ? 128 : 256)   \
   X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw, Plain, K <= 128 ? 2 : 1, 1, kMany)   \
-  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , Streaming, 1, 0, 128)                    \
+  X(decode, bf16, DType::kBFloat16, K, 16, 8, 16, , Streaming, 1, 0, 128)               \
   X(decode, bf16, DType::kBFloat16, K, 64, 8, 16, , Plain, K <= 128 ? 3 : 1, 0, kMany)  \
-  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , Streaming, 1, 0, 128)                      \
+  X(decode, f16, DType::kFloat16, K, 16, 8, 16, , Streaming, 1, 0, 128)                 \
   X(decode, f16, DType::kFloat16, K, 64, 8, 16, , Plain, K <= 128 ? 2 : 1, 0, kMany)
 // Of K = 128, which models have.
 #define JAX_GDN_FOR_EACH_TUNED_TILE(X, K)                                               \
-  X(step, f32, DType::kFloat32, K, 16, 2, 16, _gw, Around, 1, 0, 64)                      \
-  X(step, f32, DType::kFloat32, K, 64, 4, 8, _gw, Streaming, 1, 3, 256)                      \
-  X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw_cs, Streaming, 2, 2, 1024)                 \
-  X(step, bf16, DType::kBFloat16, K, 32, 4, 16, _gw, Around, 1, 0, 128)                   \
-  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, _gw, Streaming, 4, 4, 1024)                   \
+  X(step, f32, DType::kFloat32, K, 16, 2, 16, _gw, Around, 1, 0, 64)                    \
+  X(step, f32, DType::kFloat32, K, 64, 4, 8, _gw, Streaming, 1, 3, 256)                 \
+  X(step, f32, DType::kFloat32, K, 64, 4, 16, _gw_cs, Streaming, 2, 2, 1024)            \
+  X(step, bf16, DType::kBFloat16, K, 32, 4, 16, _gw, Around, 1, 0, 128)                 \
+  X(step, bf16, DType::kBFloat16, K, 64, 4, 8, _gw, Streaming, 4, 4, 1024)              \
   X(step, bf16, DType::kBFloat16, K, 128, 4, 8, _gw, Plain, 2, 1, kMany)
 // Of others, which were not timed.
 #define JAX_GDN_FOR_EACH_OTHER_TILE(X, K)                                               \
-  X(step, f32, DType::kFloat32, K, 64, 4, 8, , Streaming, 1, 0, 1024)                        \
+  X(step, f32, DType::kFloat32, K, 64, 4, 8, , Streaming, 1, 0, 1024)                   \
   X(step, bf16, DType::kBFloat16, K, 64, 4, 8, , Plain, K <= 128 ? 4 : 1, 0, kMany)
 // Where G goes by K: a thread of a larger state would run out of registers.
 #define JAX_GDN_FOR_EACH_DEEP_TILE(X, K, G)                                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , Streaming, 1, 0, K == 128 ? 256 : 128)      \
-  X(decode, f32, DType::kFloat32, K, 16, 4, G, , Streaming, 1, 0, 128)                       \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, G, , Streaming, 1, 0, K == 128 ? 256 : 128) \
+  X(decode, f32, DType::kFloat32, K, 16, 4, G, , Streaming, 1, 0, 128)                  \
   X(decode, f32, DType::kFloat32, K, 64, 4, G, , Plain, K <= 128 ? 4 : 1, 0, kMany)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_TUNED_TILE(X, 128)                                                   \

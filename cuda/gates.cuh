@@ -18,12 +18,12 @@ __device__ __forceinline__ float WarpSum(float x) {
 }
 
 // log(1 + x) for x in [0, 1], within 1 ulp; NaN stays. Unlike log1pf it has no branch,
-// across which the compiler would move nothing: a gate's chain of instructions would
-// wait for that of the norms, 0.1 us a call.
+// across which the compiler moves nothing: so the decay's chain of instructions runs
+// beside that of the norms.
 __device__ __forceinline__ float Log1pOfFraction(float x) {
   const bool upper = x >= 0.5f;
-  const float m =
-      upper ? fmaf(0.5f, x, -0.5f) : x;  // log(1 + x) - log(1 + m) is 0, ln 2
+  // 1 + m is 1 + x, or half of it.
+  const float m = upper ? fmaf(0.5f, x, -0.5f) : x;
   // (log(1 + m) - m) / m^2 on [-1/4, 1/2], its largest error as small as can be.
   float r = -0.0449096076f;
   r = fmaf(r, m, 0.1044833139f);

@@ -48,8 +48,8 @@ __device__ __forceinline__ void PrefetchLater(const DecodeParams& p, int lane) {
   }
 }
 
-// A block's first warp, which starts first. From lane 0, so that the compiler sees that
-// no warp diverges here; else it keeps a second copy of what follows.
+// Of the thread's warp in its block; a gate warp is the first. From lane 0, so that the
+// compiler sees that no warp diverges; else it keeps a second copy of what follows.
 __device__ __forceinline__ int WarpNumber() {
   return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
