@@ -191,7 +191,8 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
   __shared__ SharedSums<T> shared;
   typename T::Access bits[T::kRows];
   LoadRows<T>(FirstRow<T>(p, at, read, thread), T::K / T::kColumns, bits);
-  __syncwarp();  // The compiler moves no access across.
+  // The compiler moves no access across any of these.
+  __syncwarp();
   // What is needed last is loaded last, 0.05 us a call at B = 1; but ptxas would put it
   // off where registers are few.
   constexpr bool kLast = T::kMinBlocks == 1;

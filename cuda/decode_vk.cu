@@ -18,9 +18,9 @@
 // with the sums of one row, and u of all rows is one computation.
 //
 // A block is several warps, each with rows of its own. In a "step" kernel, which is
-// what a decode loop has fixed, one warp more computes gates, norms and q.k for all.
-// Where there may be more tokens, each warp stages a token for all. As in decode_kv.cu,
-// what normalises q and k is a factor on the sums.
+// what a decode loop has fixed, one warp more computes gates, norms and q.k for all,
+// and may stage q, k and v for them. Where there may be more tokens, each warp stages a
+// token for all. As in decode_kv.cu, what normalises q and k is a factor on the sums.
 #include "cuda/decode_vk.h"
 #include "cuda/keys.cuh"
 #include "cuda/waves.cuh"
@@ -97,10 +97,14 @@ __device__ __forceinline__ void UpdateToken(const DecodeParams& p, int64_t head,
 }
 
 // What a step's gate warp leaves for the others.
-template <typename T>
+template <typename T, bool kStaged = T::kStaged>
 struct SharedStep {
   Gates gates;
-  // Where it stages the inputs, too, as bfloat16: four values of all lanes, then more.
+};
+
+// And the inputs, as bfloat16: of q and k four values of all lanes, then the next.
+template <typename T>
+struct SharedStep<T, true> : SharedStep<T, false> {
   alignas(16) uint2 q[T::K / 4];
   alignas(16) uint2 k[T::K / 4];
   uint16_t v[T::VT];

@@ -34,6 +34,7 @@ struct Rows {
   static constexpr int kSameRow = kLanes / kRows;
   static constexpr Caching kCaching = kCaching_;
   static_assert(kRows >= 1 && kSameRow >= 1);
+  static_assert(!kStaged || (kStep && VT <= 32));  // a lane loads one value of v
 };
 
 // A lane's part of a K-vector.

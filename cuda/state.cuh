@@ -53,7 +53,7 @@ struct AccessOf<16> {
 };
 
 // How accesses treat the caches. Streaming ones leave them early: they win while few
-// blocks run, and lose where many do. While there is one block or two a multiprocessor,
+// blocks run, and lose where many do. While a multiprocessor has one to four blocks,
 // and each reads pieces of rows, it helps that the first piece read brings its
 // neighbours to the L2 cache; then loads are not streaming, stores are.
 enum class Caching { kPlain, kStreaming, kAround };
