@@ -102,11 +102,11 @@ struct SharedStep {
   Gates gates;
 };
 
-// And the inputs, as bfloat16: of q and k four values of all lanes, then the next.
+// And the inputs, as bfloat16.
 template <typename T>
 struct SharedStep<T, true> : SharedStep<T, false> {
-  alignas(16) uint2 q[T::K / 4];
-  alignas(16) uint2 k[T::K / 4];
+  alignas(16) uint16_t q[T::K];  // see PlaceOfFour
+  alignas(16) uint16_t k[T::K];
   uint16_t v[T::VT];
 };
 
@@ -127,8 +127,9 @@ __device__ __forceinline__ void MakeGatesApart(const DecodeParams& p, const Plac
     if (at.lane < T::kLanes) {
 #pragma unroll
       for (int i = 0; i < T::kOwn / 4; ++i) {
-        to.q[i * T::kLanes + at.lane] = raw.q.x[i].low;
-        to.k[i * T::kLanes + at.lane] = raw.k.x[i].low;
+        const int place = PlaceOfFour<T>(4 * i, at.lane);
+        *reinterpret_cast<uint2*>(to.q + place) = raw.q.x[i].low;
+        *reinterpret_cast<uint2*>(to.k + place) = raw.k.x[i].low;
       }
     }
     if (has_v) to.v[at.lane] = raw_v.low;
@@ -160,8 +161,9 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   if constexpr (T::kStaged) {
 #pragma unroll
     for (int i = 0; i < T::kOwn / 4; ++i) {
-      raw.q.x[i].low = shared.q[i * T::kLanes + at.lane % T::kLanes];
-      raw.k.x[i].low = shared.k[i * T::kLanes + at.lane % T::kLanes];
+      const int place = PlaceOfFour<T>(4 * i, at.lane % T::kLanes);
+      raw.q.x[i].low = *reinterpret_cast<const uint2*>(shared.q + place);
+      raw.k.x[i].low = *reinterpret_cast<const uint2*>(shared.k + place);
     }
     raw_v.low = shared.v[at.warp * T::kWarpRows + OwnRow<T>(at.lane)];
   }
@@ -286,15 +288,16 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   const Place at = {blockIdx.z, blockIdx.y,
                     static_cast<int>(blockIdx.x * T::VT) + warp * T::kWarpRows,
                     static_cast<int>(threadIdx.x % 32), warp};
+  __shared__ SharedStep<T> shared;
   if constexpr (T::kStep) {
-    __shared__ SharedStep<T> shared;
     if (warp < 0) return MakeGatesApart<T>(p, at, shared);
-    const int32_t read = ReadSlot(p, at.n);
-    if (read == kNoSlot) return StoreZeros<T>(p, at, 1);
+  }
+  const int32_t read = ReadSlot(p, at.n);
+  if (read == kNoSlot) {
+    StoreZeros<T>(p, at, T::kStep ? 1 : p.T);
+  } else if constexpr (T::kStep) {
     DecodeStep<T>(p, at, read, shared);
   } else {
-    const int32_t read = ReadSlot(p, at.n);
-    if (read == kNoSlot) return StoreZeros<T>(p, at, p.T);
     DecodeTokens<T>(p, at, read);
   }
 }

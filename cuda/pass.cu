@@ -7,6 +7,7 @@ namespace {
 
 template <int kThreads, int kEach, Caching kIn, bool kStreamOut>
 __global__ void __launch_bounds__(kThreads) FlipSigns(uint4* data, uint32_t signs) {
+  constexpr Caching kOut = kStreamOut ? Caching::kStreaming : Caching::kPlain;
   uint4* const mine = data + int64_t{blockIdx.x} * kThreads * kEach + threadIdx.x;
   uint4 x[kEach];
 #pragma unroll
@@ -17,11 +18,7 @@ __global__ void __launch_bounds__(kThreads) FlipSigns(uint4* data, uint32_t sign
   for (int i = 0; i < kEach; ++i) {
     const uint4 y =
         make_uint4(x[i].x ^ signs, x[i].y ^ signs, x[i].z ^ signs, x[i].w ^ signs);
-    if constexpr (kStreamOut) {
-      __stcs(mine + i * kThreads, y);
-    } else {
-      mine[i * kThreads] = y;
-    }
+    StoreState<kOut>(mine + i * kThreads, y);
   }
 }
 

@@ -77,15 +77,21 @@ __device__ __forceinline__ Vector<T> Widen(const RawVector<T>& raw, DType dtype)
   return vector;
 }
 
-// The part to and from shared memory: the first four values of all lanes, then the
-// next, so that neighbouring lanes meet no bank twice.
+// Where in shared memory four values lie of which the first is a lane's i-th: the first
+// four of all lanes, then the next, so that neighbouring lanes meet no bank twice.
+template <typename T>
+__device__ __forceinline__ int PlaceOfFour(int i, int lane) {
+  return i * T::kLanes + 4 * lane;
+}
+
+// The part to and from shared memory.
 template <typename T>
 __device__ __forceinline__ void PutOwn(const Vector<T>& from, float (&to)[T::K],
                                        int lane) {
   if (lane >= T::kLanes) return;
 #pragma unroll
   for (int i = 0; i < T::kOwn; i += 4) {
-    *reinterpret_cast<float4*>(to + i * T::kLanes + 4 * lane) =
+    *reinterpret_cast<float4*>(to + PlaceOfFour<T>(i, lane)) =
         make_float4(from.x[i], from.x[i + 1], from.x[i + 2], from.x[i + 3]);
   }
 }
@@ -96,7 +102,7 @@ __device__ __forceinline__ Vector<T> GetOwn(const float (&from)[T::K], int lane)
 #pragma unroll
   for (int i = 0; i < T::kOwn; i += 4) {
     const float4 x =
-        *reinterpret_cast<const float4*>(from + i * T::kLanes + 4 * (lane % T::kLanes));
+        *reinterpret_cast<const float4*>(from + PlaceOfFour<T>(i, lane % T::kLanes));
     to.x[i] = x.x, to.x[i + 1] = x.y, to.x[i + 2] = x.z, to.x[i + 3] = x.w;
   }
   return to;

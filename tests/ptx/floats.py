@@ -81,7 +81,7 @@ def _to_odd(s, error):
 
 
 def _rounded_down(s, error):
-    """Rounds s + error to float32."""
+    """Rounds s + error down to float32."""
     nearest = s.astype(F32)
     wide = nearest.astype(np.float64)
     # nearest - (s + error), whose sign is all that matters; s is within 2**29 units.
