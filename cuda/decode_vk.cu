@@ -18,9 +18,9 @@
 // with the sums of one row, and u of all rows is one computation.
 //
 // A block is several warps, each with rows of its own. In a "step" kernel, which is
-// what a decode loop has fixed, one warp more computes gates, norms and q.k for all,
-// and may stage q, k and v for them. Where there may be more tokens, each warp stages a
-// token for all. As in decode_kv.cu, what normalises q and k is a factor on the sums.
+// what a decode loop has fixed, one warp more computes gates, norms and q.k for all.
+// Where there may be more tokens, each warp stages a token for all. As in decode_kv.cu,
+// what normalises q and k is a factor on the sums.
 #include "cuda/decode_vk.h"
 #include "cuda/keys.cuh"
 #include "cuda/waves.cuh"
@@ -96,83 +96,41 @@ __device__ __forceinline__ void UpdateToken(const DecodeParams& p, int64_t head,
   }
 }
 
-// What a step's gate warp leaves for the others.
-template <typename T, bool kStaged = T::kStaged>
-struct SharedStep {
-  Gates gates;
-};
-
-// And the inputs, as bfloat16.
-template <typename T>
-struct SharedStep<T, true> : SharedStep<T, false> {
-  alignas(16) uint16_t q[T::K];  // see PlaceOfFour
-  alignas(16) uint16_t k[T::K];
-  uint16_t v[T::VT];
-};
-
 // What the gate warp does: its loads before all else, then the gates for the others.
 template <typename T>
 __device__ __forceinline__ void MakeGatesApart(const DecodeParams& p, const Place& at,
-                                               SharedStep<T>& to) {
+                                               Gates& shared) {
   const unsigned head = at.n * p.HV + at.hv;
   const RawGates raw_gates = LoadGates<T>(p, head, at.hv);
   const RawKeys<T> raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
-  Raw<1> raw_v = {};
-  const bool has_v = T::kStaged && at.lane < T::VT;
-  if (has_v) {
-    raw_v = LoadRaw<1, true>(p.v, int64_t{head} * T::K + blockIdx.x * T::VT + at.lane);
-  }
+  PrefetchLater<T, Ask::kBeforeGates>(p, at.lane);
   if (ReadSlot(p, at.n) == kNoSlot) return;  // nobody waits
-  if constexpr (T::kStaged) {
-    if (at.lane < T::kLanes) {
-#pragma unroll
-      for (int i = 0; i < T::kOwn / 4; ++i) {
-        const int place = PlaceOfFour<T>(4 * i, at.lane);
-        *reinterpret_cast<uint2*>(to.q + place) = raw.q.x[i].low;
-        *reinterpret_cast<uint2*>(to.k + place) = raw.k.x[i].low;
-      }
-    }
-    if (has_v) to.v[at.lane] = raw_v.low;
-  }
   const Gates gates = MakeGates<T>(p, raw_gates, Widen<T>(raw.q, DType::kBFloat16),
                                    Widen<T>(raw.k, DType::kBFloat16));
-  HandOn<T>(p, gates, at.lane, to.gates);
+  HandOn<T>(p, gates, at.lane, shared);
 }
 
 // One token is all there is.
 template <typename T>
 __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& at,
-                                           int32_t read, const SharedStep<T>& shared) {
+                                           int32_t read, const Gates& shared_gates) {
   const unsigned head = at.n * p.HV + at.hv;
   const int row = at.first_row + at.lane / T::kLanes;
   // All loads before the first is looked at.
   OwnRows<T> rows;
   rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
-  RawKeys<T> raw = {};
-  Raw<1> raw_v = {};
-  if constexpr (!T::kStaged) {
-    const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
-    raw_v = LoadRaw<1, true>(p.v, own);
-    raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
-  }
+  const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
+  const Raw<1> raw_v = LoadRaw<1, true>(p.v, own);
+  const RawKeys<T> raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
   const int32_t wanted = WantedSlot(p, at.n, 0, read);
   // Early: the rows are what is waited for longest.
   WaitForArrivals<T::kThreads>();
-  if constexpr (T::kStaged) {
-#pragma unroll
-    for (int i = 0; i < T::kOwn / 4; ++i) {
-      const int place = PlaceOfFour<T>(4 * i, at.lane % T::kLanes);
-      raw.q.x[i].low = *reinterpret_cast<const uint2*>(shared.q + place);
-      raw.k.x[i].low = *reinterpret_cast<const uint2*>(shared.k + place);
-    }
-    raw_v.low = shared.v[at.warp * T::kWarpRows + OwnRow<T>(at.lane)];
-  }
   const Vector<T> q = Widen<T>(raw.q, DType::kBFloat16);
   const Vector<T> k = Widen<T>(raw.k, DType::kBFloat16);
   float s[T::kRows][T::kOwn];
   rows.Unpack(s);
   const OwnSums sums = SumToken<T>(q, k, s, at.lane);
-  UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared.gates, sums, s);
+  UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared_gates, sums, s);
   if (CheckSlot(p, wanted) == kNoSlot) return;
   rows.Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
 }
@@ -288,15 +246,15 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   const Place at = {blockIdx.z, blockIdx.y,
                     static_cast<int>(blockIdx.x * T::VT) + warp * T::kWarpRows,
                     static_cast<int>(threadIdx.x % 32), warp};
-  __shared__ SharedStep<T> shared;
+  __shared__ Gates gates;  // of a gate warp
   if constexpr (T::kStep) {
-    if (warp < 0) return MakeGatesApart<T>(p, at, shared);
+    if (warp < 0) return MakeGatesApart<T>(p, at, gates);
   }
   const int32_t read = ReadSlot(p, at.n);
   if (read == kNoSlot) {
     StoreZeros<T>(p, at, T::kStep ? 1 : p.T);
   } else if constexpr (T::kStep) {
-    DecodeStep<T>(p, at, read, shared);
+    DecodeStep<T>(p, at, read, gates);
   } else {
     DecodeTokens<T>(p, at, read);
   }
@@ -309,55 +267,49 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
   gdn_##kind##_vk_##name##_k##K##_vt##VT##_r##R##_##access
 #define JAX_GDN_IS_STEP_step true
 #define JAX_GDN_IS_STEP_decode false
-#define JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)                    \
+#define JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ask, ahead)               \
   Rows<dtype, K, R, VT / R, JAX_GDN_CACHING_##access, JAX_GDN_IS_STEP_##kind, \
-       JAX_GDN_IS_STAGED_##access, K == 128 ? ahead : 0>
+       Ask::k##ask##Gates, K == 128 ? ahead : 0>
 // One block at least leaves the compiler all registers: it then issues the loads of a
 // short kernel first. With four, tokens of 16-bit states of K = 192 would spill.
 #define JAX_GDN_BLOCKS_step(K) 1
 #define JAX_GDN_BLOCKS_decode(K) (K == 192 ? 3 : 4)
 #define JAX_GDN_CACHING_plain Caching::kPlain
 #define JAX_GDN_CACHING_streaming Caching::kStreaming
-#define JAX_GDN_CACHING_staged Caching::kStreaming
-#define JAX_GDN_IS_STAGED_plain false
-#define JAX_GDN_IS_STAGED_streaming false
-#define JAX_GDN_IS_STAGED_staged true
-#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, R, access, ahead, max_states) \
-  extern "C" __global__ void __launch_bounds__(                                \
-      (JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)::kThreads),          \
-      JAX_GDN_BLOCKS_##kind(K))                                                \
-      JAX_GDN_NAME(kind, name, K, VT, R,                                       \
-                   access)(const __grid_constant__ DecodeParams p) {           \
-    Decode<JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)>(p);             \
+#define JAX_GDN_DEFINE(kind, name, dtype, K, VT, R, access, ask, ahead, max_states) \
+  extern "C" __global__ void __launch_bounds__(                                     \
+      (JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ask, ahead)::kThreads),          \
+      JAX_GDN_BLOCKS_##kind(K))                                                     \
+      JAX_GDN_NAME(kind, name, K, VT, R,                                            \
+                   access)(const __grid_constant__ DecodeParams p) {                \
+    Decode<JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ask, ahead)>(p);             \
   }
-#define JAX_GDN_LIST(kind, name, dtype, K, VT, R, access, ahead, max_states)  \
-  {"gdn_" #kind "_vk_" #name "_k" #K "_vt" #VT "_r" #R "_" #access,           \
-   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, R, access)), \
-   Layout::kVK,                                                               \
-   dtype,                                                                     \
-   K,                                                                         \
-   VT,                                                                        \
-   JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ahead)::kThreads,              \
-   JAX_GDN_IS_STEP_##kind,                                                    \
+#define JAX_GDN_LIST(kind, name, dtype, K, VT, R, access, ask, ahead, max_states) \
+  {"gdn_" #kind "_vk_" #name "_k" #K "_vt" #VT "_r" #R "_" #access,               \
+   reinterpret_cast<const void*>(JAX_GDN_NAME(kind, name, K, VT, R, access)),     \
+   Layout::kVK,                                                                   \
+   dtype,                                                                         \
+   K,                                                                             \
+   VT,                                                                            \
+   JAX_GDN_ROWS(kind, dtype, K, VT, R, access, ask, ahead)::kThreads,             \
+   JAX_GDN_IS_STEP_##kind,                                                        \
    max_states},
 
-// Every instance: kind, state, K, VT, rows of a warp, access, ahead (see
-// PrefetchLater), max_states. Tuned at K = 128, steps on an H100, others on an H200.
+// Every instance: kind, state, K, VT, rows of a warp, access, when it asks ahead and
+// how far (see PrefetchLater), max_states. Tuned at K = 128 on an H200 and an H100.
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
-  X(step, f32, DType::kFloat32, K, 16, 4, streaming, 0, K == 128 ? 64 : 1024)           \
-  X(step, f32, DType::kFloat32, K, 32, 4, plain, 3, kMany)                              \
-  X(step, bf16, DType::kBFloat16, K, 16, 4, streaming, 0, 128)                          \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, streaming, 6, 512)                          \
-  X(step, bf16, DType::kBFloat16, K, 32, 8, plain, 6, kMany)
+  X(step, f32, DType::kFloat32, K, 16, 4, streaming, After, 0, K == 128 ? 128 : 1024)   \
+  X(step, f32, DType::kFloat32, K, 32, 2, plain, After, 4, kMany)                       \
+  X(step, bf16, DType::kBFloat16, K, 16, 4, streaming, After, 0, 128)                   \
+  X(step, bf16, DType::kBFloat16, K, 32, 8, plain, Before, 5, kMany)
 // Of K = 128, which models have.
 #define JAX_GDN_FOR_EACH_TUNED_STEP(X, K)                                               \
-  X(step, f32, DType::kFloat32, K, 16, 4, staged, 10, 1024)                             \
-  X(step, bf16, DType::kBFloat16, K, 32, 4, staged, 0, 32)
+  X(step, f32, DType::kFloat32, K, 16, 2, plain, After, 7, 1024)
 #define JAX_GDN_FOR_EACH_DECODE(X, K, VT, R, max_states)                                \
-  X(decode, f32, DType::kFloat32, K, VT, R, plain, 0, max_states)                       \
-  X(decode, bf16, DType::kBFloat16, K, VT, R, plain, 0, max_states)                     \
-  X(decode, f16, DType::kFloat16, K, VT, R, plain, 0, max_states)
+  X(decode, f32, DType::kFloat32, K, VT, R, plain, After, 0, max_states)                \
+  X(decode, bf16, DType::kBFloat16, K, VT, R, plain, After, 0, max_states)              \
+  X(decode, f16, DType::kFloat16, K, VT, R, plain, After, 0, max_states)
 #define JAX_GDN_FOR_EACH_INSTANCE(X)                                                    \
   JAX_GDN_FOR_EACH_STEP(X, 64) JAX_GDN_FOR_EACH_STEP(X, 128)                            \
   JAX_GDN_FOR_EACH_STEP(X, 192) JAX_GDN_FOR_EACH_STEP(X, 256)                           \

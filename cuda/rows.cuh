@@ -9,18 +9,17 @@
 namespace jax_gdn {
 
 template <DType kState_, int K_, int kWarpRows_, int kWarps_, Caching kCaching_,
-          bool kStep_, bool kStaged_, int kAhead_>
+          bool kStep_, Ask kAsk_, int kAhead_>
 struct Rows {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, kWarpRows = kWarpRows_;
   static constexpr int kWarps = kWarps_;  // that have rows
   static constexpr int VT = kWarps * kWarpRows;
   static constexpr bool kStep = kStep_;
-  // In a "step" a warp more, the first, that has none and computes the gates. It may
-  // stage q, k and v for the others.
-  static constexpr bool kStaged = kStaged_;
+  // In a "step" a warp more, the first, that has none and computes the gates.
   static constexpr int kThreads = 32 * (kWarps + (kStep ? 1 : 0));
-  static constexpr int kAhead = kAhead_;                   // see PrefetchLater
+  static constexpr Ask kAsk = kAsk_;  // see PrefetchLater
+  static constexpr int kAhead = kAhead_;
   static constexpr int kWidth = 16 / kStateBytes<kState>;  // values in an access
   static constexpr int kAccesses = K / kWidth;             // of a row
   // The largest power of two that divides them, at most a warp.
@@ -34,7 +33,6 @@ struct Rows {
   static constexpr int kSameRow = kLanes / kRows;
   static constexpr Caching kCaching = kCaching_;
   static_assert(kRows >= 1 && kSameRow >= 1);
-  static_assert(!kStaged || (kStep && VT <= 32));  // a lane loads one value of v
 };
 
 // A lane's part of a K-vector.

@@ -58,6 +58,10 @@ struct AccessOf<16> {
 // neighbours to the L2 cache; then loads are not streaming, stores are.
 enum class Caching { kPlain, kStreaming, kAround };
 
+// When a gate warp asks for later rows: its own loads come first, its arithmetic waits
+// for them.
+enum class Ask { kBeforeGates, kAfterGates };
+
 template <Caching kCaching, typename Access>
 __device__ __forceinline__ Access LoadState(const Access* from) {
   Access bits;

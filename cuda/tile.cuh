@@ -11,7 +11,8 @@ namespace jax_gdn {
 constexpr int kClasses = 16;
 
 template <DType kState_, int K_, int VT_, int kColumns_, int kRowGroups_,
-          Caching kCaching_, int kMinBlocks_, bool kStep_, bool kGateWarp_, int kAhead_>
+          Caching kCaching_, int kMinBlocks_, bool kStep_, bool kGateWarp_, Ask kAsk_,
+          int kAhead_>
 struct Tile {
   static constexpr DType kState = kState_;
   static constexpr int K = K_, VT = VT_;
@@ -35,7 +36,8 @@ struct Tile {
   static constexpr int kTokens = kWarps >= 4 ? 4 : kWarps * kTokensOfWarp;
   static constexpr Caching kCaching = kCaching_;
   static constexpr int kMinBlocks = kMinBlocks_;  // on a multiprocessor
-  static constexpr int kAhead = kAhead_;          // see PrefetchLater
+  static constexpr Ask kAsk = kAsk_;              // see PrefetchLater
+  static constexpr int kAhead = kAhead_;
   // A 16-bit state stays as it is stored where one token is all there is to do.
   static constexpr bool kPacked = kStep && kState != DType::kFloat32;
   using Access = typename AccessOf<kColumns * kStateBytes<kState>>::Type;

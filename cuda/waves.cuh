@@ -33,9 +33,9 @@ __device__ __forceinline__ void StartApart() {
 // Measured at K = 128, where a block too far ahead costs 10 to 25 %. The blocks of a
 // state ask for equal shares of a later one, which are contiguous also where what each
 // of them reads is not. For V = K.
-template <typename T>
+template <typename T, Ask kNow>
 __device__ __forceinline__ void PrefetchLater(const DecodeParams& p, int lane) {
-  if constexpr (T::kAhead > 0) {
+  if constexpr (T::kAhead > 0 && T::kAsk == kNow) {
     const unsigned block = BlockNumber() + T::kAhead * kMultiprocessors;
     const unsigned head = block / gridDim.x, n = head / gridDim.y;
     if (lane != 0 || n >= gridDim.z) return;
@@ -55,14 +55,14 @@ __device__ __forceinline__ int WarpNumber() {
 }
 
 // The end of a gate warp: the gates go to the warps that have rows, which wait for them
-// with WaitForArrivals; then it is free to ask for later rows.
+// with WaitForArrivals.
 template <typename T>
 __device__ __forceinline__ void HandOn(const DecodeParams& p, const Gates& gates,
                                        int lane, Gates& shared) {
   if (lane == 0) shared = gates;
   __syncwarp();  // A warp arrives as one.
   Arrive<T::kThreads>();
-  PrefetchLater<T>(p, lane);
+  PrefetchLater<T, Ask::kAfterGates>(p, lane);
 }
 
 }  // namespace jax_gdn

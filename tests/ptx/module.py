@@ -106,7 +106,7 @@ def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
     match = re.fullmatch(
         r"gdn_(decode|step)_(kv|vk)_(b?f\d+)_k(\d+)_vt(\d+)_"
-        r"(c\d+_g\d+(?:_gw)?(?:_cs)?|r\d+_(?:streaming|plain|staged))",
+        r"(c\d+_g\d+(?:_gw)?|r\d+_(?:streaming|plain))",
         symbol,
     )
     if match is None:

@@ -15,14 +15,13 @@ STEPS = ("gdn_step_kv_f32_k64_vt16_c4_g8", "gdn_step_kv_f32_k64_vt64_c4_g8")
 APART = "gdn_step_kv_f32_k64_vt64_c4_g16_gw"  # its first warp makes the gates
 PAIRS = "gdn_step_kv_f32_k128_vt16_c2_g16_gw"  # likewise; two columns a thread
 ROWS_KERNEL = "gdn_step_vk_f32_k64_vt16_r4_streaming"  # likewise
-ROWS_STAGED = "gdn_step_vk_f32_k128_vt16_r4_staged"  # which stages q, k and v, too
 ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_r16_plain"
 KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS, APART])
 GATE_WARP = pytest.mark.parametrize(
     ("kernel", "threads"),
-    [(PAIRS, 160), (APART, 288), (ROWS_KERNEL, 160), (ROWS_STAGED, 160)],
+    [(PAIRS, 160), (APART, 288), (ROWS_KERNEL, 160)],
 )
-STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS, ROWS_STAGED])  # q and k
+STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS])  # q and k
 WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, in several warps
 # Whose gates are handed on, from one warp to others.
 GATES = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:], APART, ROWS_KERNEL])
@@ -107,9 +106,8 @@ def test_barrier_removed(kernel, which):
 @GATE_WARP
 def test_meeting_with_the_gate_warp_removed(kernel, threads):
     # "VK" reads what nobody wrote yet; "KV" has sums there by then.
-    rows = kernel in (ROWS_KERNEL, ROWS_STAGED)
     edit = edited(rf"bar\.sync\s+1, {threads};", "")
-    kind = fault.UNINITIALISED if rows else fault.SHARED_RACE
+    kind = fault.UNINITIALISED if kernel == ROWS_KERNEL else fault.SHARED_RACE
     caught_in_kernel(kernel, kind, edit=edit)
 
 
@@ -229,7 +227,7 @@ def test_one_block_too_few(kernel, axis):
 
 def test_kernel_for_more_rows():
     def edit_plan(plan):
-        return {**plan, "symbol": plan["symbol"].replace("k64", "k128")}
+        return {**plan, "symbol": plan["symbol"].replace("k64", "k192")}
 
     kinds = fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT
     caught_in_kernel(STEPS[0], *kinds, edit_plan=edit_plan)
