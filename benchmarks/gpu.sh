@@ -63,7 +63,7 @@ bench() {
 compare() {
   local script=benchmarks/compare.py
   python $script --defects --json "$out/defects.json" &&
-    python $script --batch 512 256 64 1 8 32 --seconds 3 --json "$out/compare.json" &&
+    python $script --batch 512 256 64 1 8 32 --seconds 2 --json "$out/compare.json" &&
     python benchmarks/picture.py "$out/compare.json" "$out/compare.png" &&
     python $script --batch 1 8 --warm --seconds 2 --json "$out/compare-warm.json"
 }
@@ -77,7 +77,7 @@ run() {
   case $1 in
     test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
     counters) python benchmarks/counters.py --json "$out/counters.json" ;;
-    layers) python benchmarks/layers.py --seconds 1.5 --json "$out/layers.json" ;;
+    layers) python benchmarks/layers.py --seconds 1 --json "$out/layers.json" ;;
     accuracy) python benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;
     build | sanitize | replay | bench | compare) "$1" ;;
     *) echo "gpu.sh: no part $1" && return 2 ;;

@@ -296,7 +296,8 @@ __device__ __forceinline__ void Decode(const DecodeParams& p) {
    max_states},
 
 // Every instance: kind, state, K, VT, rows of a warp, access, when it asks ahead and
-// how far (see PrefetchLater), max_states. Tuned at K = 128 on an H200 and an H100.
+// how far (see PrefetchLater), max_states. Tuned at K = 128 on an H200 and, but for
+// what asks before the gates, an H100.
 // clang-format off
 #define JAX_GDN_FOR_EACH_STEP(X, K)                                                     \
   X(step, f32, DType::kFloat32, K, 16, 4, streaming, After, 0, K == 128 ? 128 : 1024)   \

@@ -57,12 +57,6 @@ __device__ __forceinline__ void LoadAround(const void* from, uint4& to) {
                : "l"(from));
 }
 
-__device__ __forceinline__ void LoadAround(const void* from, uint2& to) {
-  asm volatile("ld.global.L2::256B.v2.u32 {%0, %1}, [%2];"
-               : "=r"(to.x), "=r"(to.y)
-               : "l"(from));
-}
-
 // 9.7.13.1, barrier: of a block's warps some say that they are here, and the others
 // wait for all. Barrier 0 is that of __syncthreads.
 template <int kThreads>

@@ -53,13 +53,13 @@ struct AccessOf<16> {
 };
 
 // How accesses treat the caches. Streaming ones leave them early: they win while few
-// blocks run, and lose where many do. While a multiprocessor has one to four blocks,
-// and each reads pieces of rows, it helps that the first piece read brings its
-// neighbours to the L2 cache; then loads are not streaming, stores are.
+// blocks run, and lose where many do. Where a multiprocessor has four to eight small
+// blocks, each of which reads pieces of rows, it helps that the first piece read brings
+// its neighbours to the L2 cache; then loads are not streaming, stores are.
 enum class Caching { kPlain, kStreaming, kAround };
 
-// When a gate warp asks for later rows: its own loads come first, its arithmetic waits
-// for them.
+// When a gate warp asks for later rows: once its own loads are on their way, or when it
+// has handed on the gates.
 enum class Ask { kBeforeGates, kAfterGates };
 
 template <Caching kCaching, typename Access>

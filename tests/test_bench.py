@@ -214,6 +214,19 @@ def test_nothing_that_fits_is_no_report(monkeypatch):
         main(TINY)
 
 
+@pytest.mark.parametrize(
+    ("B", "dtype", "sets"),
+    [(1, "bfloat16", 128), (8, "float32", 32), (512, "float32", 2)],
+)
+def test_how_many_states_take_turns(B, dtype, sets, monkeypatch):
+    """512 MiB, up to 128 states a loop; two where those are more."""
+    monkeypatch.setattr(_bench, "on_gpu", lambda: True)
+    config = _bench.Config(B, state_dtype=dtype)
+    assert _bench_run.sets(config, warm=False) == sets
+    assert _bench_run.sets(config, warm=True) == 1
+    assert _bench_run.cold_sets(config) == (512 if B == 1 else sets)
+
+
 def test_memory_decides_what_is_timed():
     small, large = _bench.Config(B=1), _bench.Config(B=512)
     fitting, skipped = _bench_run._fitting([small, large], True, small.state_bytes * 99)

@@ -195,16 +195,17 @@ def test_offsets_beyond_32_bits(one):
     judge(case, launch.run_plan(plan, buffers, written={"out": whole, "state": whole}))
 
 
-# Blocks that a multiprocessor starts before the one whose rows are asked for.
+# Blocks that a multiprocessor starts before the one whose rows are asked for, and
+# whether before the gates are made.
 AHEAD = {
-    "gdn_step_kv_f32_k128_vt16_c4_g8_gw": 8,
-    "gdn_step_kv_f32_k128_vt32_c4_g16_gw": 6,
-    "gdn_step_kv_f32_k128_vt64_c4_g16_gw": 1,
-    "gdn_step_kv_bf16_k128_vt64_c4_g8_gw": 4,
-    "gdn_step_kv_bf16_k128_vt128_c4_g8_gw": 1,
-    "gdn_step_vk_f32_k128_vt16_r2_plain": 7,
-    "gdn_step_vk_f32_k128_vt32_r2_plain": 4,
-    "gdn_step_vk_bf16_k128_vt32_r8_plain": 5,
+    "gdn_step_kv_f32_k128_vt16_c4_g8_gw": (8, False),
+    "gdn_step_kv_f32_k128_vt32_c4_g16_gw": (6, True),
+    "gdn_step_kv_f32_k128_vt64_c4_g16_gw": (1, True),
+    "gdn_step_kv_bf16_k128_vt64_c4_g8_gw": (4, False),
+    "gdn_step_kv_bf16_k128_vt128_c4_g8_gw": (1, False),
+    "gdn_step_vk_f32_k128_vt16_r2_plain": (7, False),
+    "gdn_step_vk_f32_k128_vt32_r2_plain": (4, False),
+    "gdn_step_vk_bf16_k128_vt32_r8_plain": (5, True),
 }
 
 
@@ -221,25 +222,31 @@ def test_these_ask_for_later_rows():
 def test_later_rows_are_asked_for(symbol):
     """The L2 cache, for the share of a block that comes so many later."""
     one = module.instance_of(symbol)
-    HV, ahead, shares = 2, 132 * AHEAD[symbol], one.K // one.VT
+    blocks_ahead, before_gates = AHEAD[symbol]
+    HV, ahead, shares = 2, 132 * blocks_ahead, one.K // one.VT
     a_row = HV * shares  # blocks
-    B = ahead // a_row + 3
+    B = ahead // a_row + 4
     slots = np.random.default_rng(0).permutation(B).astype(np.int32)
-    slots[-1] = -1
+    # The first whose rows are asked for, whole; the next; the last, which is padding.
+    first = (B - 3) * a_row - ahead
+    padding = first // a_row + 1, B - 1
+    slots[list(padding)] = -1
     case = of_instance(one, B=B, H=HV, HV=HV)
     inputs = case.inputs() | {"state_indices": slots}
     options = {**case.settings, "out_dtype": case.out_dtype, "kernel": symbol}
     share = one.K * one.VT * one.item_bytes
-    # Of the last row but one, whole; of the last, which is padding; beyond the grid.
-    first = (B - 2) * a_row - ahead
-    asked = []
-    for block in range(first, first + 2 * a_row + 1):
+    asked, expected = [], []
+    for block in range(first, first + 3 * a_row + 1):  # and beyond the grid
         result = launch.decode(inputs, **options, blocks=range(block, block + 1))
         asked += result.counters.prefetched
-    base = FIRST_ADDRESS + list(result.arrays).index("state") * SPACING
-    slot = base + int(slots[B - 2]) * a_row * share
-    expected = [(slot + i * share, share) for i in range(a_row)]
+        n, i = divmod(block + ahead, a_row)
+        # Of padding no gates are made, so nobody asks after them.
+        asks = before_gates or block // a_row != padding[0]
+        if asks and n < B - 1:
+            base = FIRST_ADDRESS + list(result.arrays).index("state") * SPACING
+            expected.append((base + (int(slots[n]) * a_row + i) * share, share))
     assert asked == expected
+    assert len(asked) >= a_row
 
 
 @pytest.mark.parametrize(
