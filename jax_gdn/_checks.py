@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, export
 
 _FLOAT32 = ("float32",)
@@ -99,6 +100,20 @@ def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:
             f"jax_gdn.decode: `{name}` must have HV a multiple of H = {sizes['H']}; "
             f"got HV = {sizes['HV']}."
         )
+
+
+def check_slots(**slots: object) -> None:
+    """Raises if JAX would wrap slots of a 64-bit NumPy array around on the way in."""
+    int32 = np.iinfo(np.int32)
+    for name, x in slots.items():
+        if not isinstance(x, np.ndarray) or x.dtype not in (np.int64, np.uint64):
+            continue
+        beyond = x[(x < int32.min) | (x > int32.max)]
+        if beyond.size:
+            raise ValueError(
+                f"jax_gdn.decode: `{name}` must hold slots that fit into int32; got "
+                f"{beyond.flat[0]}."
+            )
 
 
 def check_settings(

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_gdn._checks import axes_of, check_arrays, check_settings
+from jax_gdn._checks import axes_of, check_arrays, check_settings, check_slots
 from jax_gdn._gradient import differentiable
 from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings
 
@@ -93,8 +93,8 @@ def decode(
 
     Raises:
         ValueError: Shapes disagree, HV is no multiple of H, `state_layout` or
-            `implementation` is unknown, `output_state_indices` comes alone, or mapped
-            calls share a pool.
+            `implementation` is unknown, `output_state_indices` comes alone, a slot of a
+            NumPy array does not fit into int32, or mapped calls share a pool.
         TypeError: A dtype or a static argument has the wrong type.
         NotImplementedError: `implementation="native"` where there is no such kernel;
             or inside a `jax.shard_map` that leaves axes of the mesh to XLA.
@@ -102,6 +102,7 @@ def decode(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
+    check_slots(state_indices=state_indices, output_state_indices=output_state_indices)
     try:
         return _decode(
             *(q, k, v, state, A_log, a, dt_bias, b),
