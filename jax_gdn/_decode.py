@@ -102,6 +102,7 @@ def decode(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
+    # Before jit, which makes int32 of them.
     check_slots(state_indices=state_indices, output_state_indices=output_state_indices)
     try:
         return _decode(

@@ -163,14 +163,14 @@ def test_scale_is_traced():
         call(0.5)
 
 
-@pytest.mark.parametrize("slot", [2**32 + 1, 2**31, -(2**31) - 1])
+@pytest.mark.parametrize("slot", [2**32 + 1, 2**31, -(2**31) - 1, 2**64 - 1])
 @pytest.mark.parametrize("name", ["state_indices", "output_state_indices"])
 def test_slot_that_would_wrap_around(name, slot):
     """JAX makes a NumPy int64 an int32 by its lower half: 2^32 + 1 would be slot 1."""
     slots = {"state_indices": np.array([0, 1])}  # int64, which fits
     match = rf"`{name}` must hold slots that fit into int32; got {slot}\."
     jax_gdn.decode(**arguments(**slots))
-    slots[name] = np.array([0, slot])
+    slots[name] = np.array([0, slot], np.int64 if slot < 2**63 else np.uint64)
     given = arguments(**slots)
     with pytest.raises(ValueError, match=r"jax_gdn\.decode: " + match):
         jax_gdn.decode(**given)
