@@ -8,7 +8,8 @@ a list of arrays, one a layer, or one pool in which every layer has its slots. I
 stepped from Python, under JAX's default options and under command buffers, and looped
 on the device. Beside stand the kernel's own time, from a program that holds nothing
 else, a program that does nothing with the same arguments, which is what JAX itself
-takes to start one, and the share that is not the kernel's.
+takes to start one, and the share that is not the kernel's. A scan over layers, whose
+states are one stack, is looped as well.
 """
 
 import argparse
@@ -52,6 +53,17 @@ def pool_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
     return [pool], x
 
 
+def stack_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """The same in a scan over layers, whose states are one stack."""
+    (stack,) = states
+
+    def layer(x, state):
+        return decode(**{**rest, "v": x}, state=state, implementation="native")
+
+    x, stack = lax.scan(layer, x, stack)
+    return [stack], x
+
+
 def no_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
     """Nothing, with the arguments of a step."""
     return states, x + 1
@@ -66,14 +78,14 @@ class Steps:
         B: int,
         options: dict[str, Any],
         step: Callable = list_step,
-        pool: bool = False,
+        join: Callable | None = None,
         looped: int = 1,
         donate: tuple[int, ...] = (0, 2),
     ):
         state, self._rest = _bench.split_state(_bench.model_inputs(_bench.Config(B=B)))
         self._states = [jnp.array(state) for _ in range(layers)]
-        if pool:
-            self._states = [jnp.concatenate(self._states)]
+        if join is not None:
+            self._states = [join(self._states)]
         self._x = jnp.array(self._rest["v"])
         self.calls = layers * looped
 
@@ -126,11 +138,12 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
         "kernel alone": lambda: kernel_alone(layers, B),
         "looped, command buffers": lambda: steps(graphs, looped=STEPS),
         "looped, none": lambda: steps(plain, looped=STEPS),
-        "stepped, one pool": lambda: steps({}, pool_step, pool=True),
+        "looped, a stack": lambda: steps({}, stack_step, jnp.stack, looped=STEPS),
+        "stepped, one pool": lambda: steps({}, pool_step, join=jnp.concatenate),
         "stepped, a list": lambda: steps({}),
         "the same, x not donated": lambda: steps({}, donate=(0,)),
         "the same, no command buffers": lambda: steps(plain),
-        "nothing, one pool": lambda: steps({}, no_step, pool=True),
+        "nothing, one pool": lambda: steps({}, no_step, join=jnp.concatenate),
         "nothing, a list": lambda: steps({}, no_step),
     }
     chains = {name: build() for name, build in make.items()}

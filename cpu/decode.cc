@@ -108,14 +108,21 @@ class Decoder {
   }
 
  private:
-  void* InPool(int64_t slot, int32_t hv) const {
+  // Where a slot's state of a head lies in the states, or in the new ones.
+  int64_t OffsetOf(int64_t slot, int32_t hv) const {
     const int64_t bytes = int64_t{p_.K} * p_.V * SizeOf(p_.state.dtype);
-    return static_cast<char*>(p_.state.data) + (slot * p_.HV + hv) * bytes;
+    return (slot * p_.HV + hv) * bytes;
+  }
+  const void* StateOf(int64_t slot, int32_t hv) const {
+    return static_cast<const char*>(p_.state.data) + OffsetOf(slot, hv);
+  }
+  void* NewStateOf(int64_t slot, int32_t hv) const {
+    return static_cast<char*>(p_.new_state) + OffsetOf(slot, hv);
   }
 
   const void* Next(int64_t index) const {
     const int64_t read = ReadSlot(p_, index / p_.HV);
-    return read == kNoSlot ? nullptr : InPool(read, index % p_.HV);
+    return read == kNoSlot ? nullptr : StateOf(read, index % p_.HV);
   }
 
   void DecodeTokens(int64_t n, int32_t hv, int64_t read, const void* ahead) {
@@ -125,9 +132,9 @@ class Decoder {
     for (int64_t t = 0; t < p_.T; ++t) {
       const int64_t write = WriteSlot(p_, n, t, read);
       const bool stores = write != kNoSlot && (p_.snapshots || t + 1 == p_.T);
-      LoadToken(n, t, hv).to = stores ? InPool(write, hv) : nullptr;
+      LoadToken(n, t, hv).to = stores ? NewStateOf(write, hv) : nullptr;
     }
-    kernels_.decode({p_.layout, p_.state.dtype, p_.K, p_.V, InPool(read, hv),
+    kernels_.decode({p_.layout, p_.state.dtype, p_.K, p_.V, StateOf(read, hv),
                      tokens_.data(), p_.T, tile_, ahead});
   }
 

@@ -28,18 +28,30 @@
 namespace jax_gdn {
 namespace {
 
-// Where a slot's state has the lane's first values.
+// Where a slot's state has the lane's first values, in accesses.
 template <typename T>
-__device__ __forceinline__ uint4* FirstAccess(const DecodeParams& p, int32_t slot,
-                                              unsigned hv, int row, int lane) {
-  auto* const data = reinterpret_cast<uint4*>(p.state.data);
+__device__ __forceinline__ int64_t FirstAccess(const DecodeParams& p, int32_t slot,
+                                               unsigned hv, int row, int lane) {
   const int64_t head = HeadOfSlot(p, slot, hv);
   if constexpr (T::kStep) {  // a state's size is known
     const unsigned within = row * T::kAccesses + lane % T::kLanes;
-    return data + head * (T::K * T::kAccesses) + within;
+    return head * (T::K * T::kAccesses) + within;
   } else {
-    return data + (head * p.V + row) * T::kAccesses + lane % T::kLanes;
+    return (head * p.V + row) * T::kAccesses + lane % T::kLanes;
   }
+}
+
+template <typename T>
+__device__ __forceinline__ const uint4* RowsToRead(const DecodeParams& p, int32_t slot,
+                                                   unsigned hv, int row, int lane) {
+  return reinterpret_cast<const uint4*>(p.state.data) +
+         FirstAccess<T>(p, slot, hv, row, lane);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4* RowsToWrite(const DecodeParams& p, int32_t slot,
+                                              unsigned hv, int row, int lane) {
+  return reinterpret_cast<uint4*>(p.new_state) + FirstAccess<T>(p, slot, hv, row, lane);
 }
 
 // A lane's place in the operands.
@@ -118,7 +130,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   const int row = at.first_row + at.lane / T::kLanes;
   // All loads before the first is looked at.
   OwnRows<T> rows;
-  rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
+  rows.LoadFrom(RowsToRead<T>(p, read, at.hv, row, at.lane));
   const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
   const Raw<1> raw_v = LoadRaw<1, true>(p.v, own);
   const RawKeys<T> raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
@@ -132,7 +144,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   const OwnSums sums = SumToken<T>(q, k, s, at.lane);
   UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared_gates, sums, s);
   if (CheckSlot(p, wanted) == kNoSlot) return;
-  rows.Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
+  rows.Store(s, RowsToWrite<T>(p, wanted, at.hv, row, at.lane));
 }
 
 // What one token brings to a block.
@@ -188,7 +200,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
   float s[T::kRows][T::kOwn];
   {
     OwnRows<T> rows;
-    rows.LoadFrom(FirstAccess<T>(p, read, at.hv, row, at.lane));
+    rows.LoadFrom(RowsToRead<T>(p, read, at.hv, row, at.lane));
     stage(0);
     rows.Unpack(s);  // ahead of the loop, which would otherwise keep the bits too
   }
@@ -220,7 +232,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
                      staged.gates, sums, s);
       if (!p.snapshots && t + 1 < p.T) continue;
       if (CheckSlot(p, wanted) == kNoSlot) continue;
-      OwnRows<T>::Store(s, FirstAccess<T>(p, wanted, at.hv, row, at.lane));
+      OwnRows<T>::Store(s, RowsToWrite<T>(p, wanted, at.hv, row, at.lane));
     }
   }
 }

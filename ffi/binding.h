@@ -12,8 +12,8 @@ namespace jax_gdn {
 
 // Calls arrive as (q, k, v, state, A_log, a, dt_bias, b, optional operands) ->
 // (out, state), with the state's result aliased to its operand, and likewise out to
-// `output` where there is one. Which optional operands there are, in the order below,
-// is said by the bits of the attribute `optional_operands`.
+// `output` where there is one; XLA may drop an alias. Which optional operands there
+// are, in the order below, is said by the bits of the attribute `optional_operands`.
 enum OptionalOperand : int32_t {
   kHasOutput = 1,
   kHasStateIndices = 2,

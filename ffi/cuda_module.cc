@@ -71,14 +71,28 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   return ffi::Error::Success();
 }
 
+// `WhyUnsupported` and the list of kernels disagree.
+ffi::Error NoKernel() {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                    "jax_gdn.decode: no CUDA kernel takes these operands");
+}
+
 ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
   ffi::ErrorOr<DecodeParams> params = ParamsOf(call);
   if (params.has_error()) return params.error();
   if (auto reason = WhyUnsupported(params->B, params->HV, params->K, params->V)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
   }
-  if (params->B * params->HV * params->V == 0) return ffi::Error::Success();
-  return ErrorOf(Launch(PlanDecode(*params, *ChooseKernel(*params)), *params, stream));
+  if (const size_t bytes = BytesToCopy(*params)) {
+    const cudaError_t error = cudaMemcpyAsync(params->new_state, params->state.data,
+                                              bytes, cudaMemcpyDeviceToDevice, stream);
+    if (error != cudaSuccess) return ErrorOf({error, "cudaMemcpyAsync"});
+    params->state.data = params->new_state;
+  }
+  if (params->B == 0) return ffi::Error::Success();
+  const Kernel* kernel = ChooseKernel(*params);
+  if (kernel == nullptr) return NoKernel();
+  return ErrorOf(Launch(PlanDecode(*params, *kernel), *params, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
@@ -127,19 +141,19 @@ XLA_FFI_DEFINE_HANDLER(kPass, Pass,
 using PythonTensor = std::tuple<uintptr_t, std::string, std::vector<int64_t>>;
 
 Tensor TensorOf(const PythonTensor& x) {
-  static const std::map<std::string, std::optional<DType>> kTypes = {
-      {"float32", DType::kFloat32},
-      {"bfloat16", DType::kBFloat16},
-      {"float16", DType::kFloat16},
-      {"int32", std::nullopt}};
+  static const std::map<std::string, DType> kTypes = {{"float32", DType::kFloat32},
+                                                      {"bfloat16", DType::kBFloat16},
+                                                      {"float16", DType::kFloat16}};
   const auto& [address, dtype, shape] = x;
   const auto type = kTypes.find(dtype);
-  if (type == kTypes.end()) throw nb::value_error(("unknown dtype " + dtype).c_str());
-  return {reinterpret_cast<void*>(address), type->second, shape.data(), shape.size()};
+  return {reinterpret_cast<void*>(address),
+          type == kTypes.end() ? std::nullopt : std::optional(type->second),
+          dtype == "int32", shape.data(), shape.size()};
 }
 
 // The launch that these operands would get, without a device: for tests that run the
-// kernels' PTX. `kernel`, a symbol, overrides the planner's.
+// kernels' PTX. The new state is `new_state`, or else the state. `kernel`, a symbol,
+// overrides the planner's.
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
               bool use_qk_l2norm, int32_t state_layout,
               const std::optional<std::string>& kernel) {
@@ -147,11 +161,13 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
   const auto optional = [&](const char* name) -> std::optional<Tensor> {
     return operands.count(name) ? std::optional(tensor(name)) : std::nullopt;
   };
+  const auto new_state = optional("new_state");
   auto checked = MakeParams(
       {tensor("q"), tensor("k"), tensor("v"), tensor("state"), tensor("A_log"),
-       tensor("a"), tensor("dt_bias"), tensor("b"), tensor("out"), tensor("state"),
+       tensor("a"), tensor("dt_bias"), tensor("b"), tensor("out"),
+       new_state ? *new_state : tensor("state"), optional("output"),
        optional("state_indices"), optional("output_state_indices"), scale,
-       use_qk_l2norm, static_cast<Layout>(state_layout)});
+       use_qk_l2norm, state_layout});
   if (const auto* error = std::get_if<std::string>(&checked)) {
     throw nb::value_error(error->c_str());
   }
@@ -165,8 +181,8 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
     for (const Kernel& other : DecodeKernels(params.layout)) {
       if (other.symbol == *kernel && Fits(other, params)) chosen = &other;
     }
-    if (chosen == nullptr) throw nb::value_error("no such kernel, or it does not fit");
   }
+  if (chosen == nullptr) throw nb::value_error("no such kernel, or it does not fit");
   const LaunchPlan plan = PlanDecode(params, *chosen);
   nb::dict result;
   result["symbol"] = plan.kernel->symbol;

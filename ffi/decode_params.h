@@ -29,7 +29,7 @@ struct Output {
 // What a kernel needs first comes first: on a GPU every 64 bytes of it are brought on
 // their own.
 struct DecodeParams {
-  Output state;                // [N, HV, K, V] or [N, HV, V, K], updated in place
+  Input state;                 // [N, HV, K, V] or [N, HV, V, K], read
   const int32_t* read_slots;   // [B]; null: row n reads slot n
   const int32_t* write_slots;  // [B], or [B, T] if snapshots; null: where it read
   int64_t N;
@@ -42,6 +42,7 @@ struct DecodeParams {
   Input b;             // [B, T, HV]
   const float* A_log;  // [HV]
   Output out;          // [B, T, HV, V]
+  void* new_state;     // as the state, written; for a pool, the state's own buffer
   int64_t B, T;
   int32_t K, V;
   int32_t group;           // HV / H, value heads that share a key head

@@ -1,6 +1,7 @@
 """`jax-gdn bench`: what it writes, its statistics, and what it refuses to time."""
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import oracle
 import pytest
 from cases import Case
 
-from jax_gdn import _bench, _bench_machine, _bench_run
+from jax_gdn import _bench, _bench_machine, _bench_report, _bench_run
 from jax_gdn.cli import main
 
 TINY = ["bench", "--batch", "1", "2", "--shape", "2/8", "--tokens", "2"]
@@ -27,8 +28,8 @@ def test_writes_json_picture_and_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     stepped = 2 if _bench.on_gpu() else 0  # a line a result, under command buffers
     assert printed.count("float32 VK") == 2 + stepped
-    assert "target 1.3" in printed
-    assert "target 100" in printed
+    assert "(at most 1.3)" in printed
+    assert "(at most 100)" in printed
 
     report = json.loads(data.read_text())
     assert {"device", "cpu", "jax", "commit"} <= report["machine"].keys()
@@ -336,5 +337,32 @@ def test_layers_keep_their_states(script, monkeypatch):
     monkeypatch.setattr(_bench, "BYTES_A_PROGRAM", 1)
     rows = script.measure(layers=2, B=1, seconds=0.02)["rows"]
     assert rows.pop("kernel alone")["host_share"] == 0
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(row["buffers_stayed"] for row in rows.values())
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "bench-cpu.json"
+
+
+def test_a_row_of_the_table_is_a_line():
+    """At 120 columns, which a terminal may have."""
+    from rich.console import Console
+
+    report = json.loads(RESULTS.read_text())
+    console = Console(width=120, file=io.StringIO())
+    _bench_report.print_table(report, console)
+    lines = console.file.getvalue().splitlines()
+    for result in report["results"]:
+        cells = " ".join(_bench_report.cells(result))
+        assert sum(" ".join(line.split()) == cells for line in lines) == 1, cells
+
+
+def test_one_batch_size_is_seen_in_the_picture():
+    """A line through one point is none: every curve has a marker."""
+    from matplotlib.figure import Figure
+
+    report = json.loads(RESULTS.read_text())
+    times, shares = Figure().subplots(1, 2)
+    _bench_report._draw(times, shares, report["results"][:1])
+    assert len(times.lines) == 5  # three curves, and two entries of the legend
+    assert all(line.get_marker() not in (None, "None", "") for line in times.lines)

@@ -61,9 +61,9 @@ def chosen(one: module.Instance, states: int) -> str:
     arrays = case.inputs()
     arrays["out"] = arrays["v"].astype(case.out_dtype)
     operands = {}
-    for name, x in arrays.items():
+    for i, (name, x) in enumerate(arrays.items()):
         shape = list(x.shape) if x.ndim == 1 else [states, *x.shape[1:]]
-        operands[name] = (1 << 44, str(x.dtype), shape)
+        operands[name] = (FIRST_ADDRESS + i * SPACING, str(x.dtype), shape)
     return launch.plan_decode(operands, scale=1.0, state_layout=one.layout)["symbol"]
 
 

@@ -1,0 +1,227 @@
+"""The registered handlers, called by clients that are wrong or that no alias binds."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, LAYOUTS, Case
+from ffi_client import Array, Client
+from hlo import TARGET
+from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
+
+import jax_gdn
+from jax_gdn import _registration
+from jax_gdn._primitive import OPTIONAL, REQUIRED
+
+MODULES = ["_cpu", pytest.param("_cuda", marks=pytest.mark.cuda_build)]
+SMALL = {"B": 3, "T": 2, "H": 2, "HV": 4, "K": 64, "V": 32}
+POOL = {"N": 7, "reads": (5, -1, 2)}
+FORMS = [
+    Case(**SMALL, **pool, layout=layout, state=state)
+    for layout in LAYOUTS
+    for state in DTYPES
+    for pool in ({}, POOL, {**POOL, "writes": ((0, 5), (1, 1), (-1, 3))})
+]
+
+
+def client_of(module: str, **options) -> Client:
+    native = {"_cpu": _registration.cpu, "_cuda": _registration.cuda}[module]
+    return Client(native.handlers()["decode"]["execute"], **options)
+
+
+def attributes_of(case: Case, names) -> dict:
+    bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in names)
+    return {
+        "scale": np.float32(case.K**-0.5),
+        "use_qk_l2norm": np.bool_(True),
+        "state_layout": np.int32(LAYOUTS.index(case.layout)),
+        "optional_operands": np.int32(bits),
+    }
+
+
+def call_of(case: Case) -> tuple[list, list, dict]:
+    """Returns operands, results and attributes, each result in memory of its own."""
+    arrays = case.inputs() | case.slots
+    operands = [arrays[name] for name in (*REQUIRED, *OPTIONAL) if name in arrays]
+    out = np.full(arrays["v"].shape, 7, case.out_dtype)
+    results = [out, np.full_like(arrays["state"], 7)]
+    return operands, results, attributes_of(case, arrays)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
+def test_state_and_new_state_in_two_buffers(case):
+    """As XLA hands them over where it drops the alias: the bits of the call in place.
+
+    The state keeps its bytes; so do the new state's slots that no row writes.
+    """
+    arrays = {n: jnp.asarray(x) for n, x in (case.inputs() | case.slots).items()}
+    expected = jax_gdn.decode(**arrays, state_layout=case.layout)
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in expected]
+    call = jax.jit(
+        lambda *x: jax.ffi.ffi_call(TARGET, types)(*x, **attributes_of(case, arrays))
+    )
+    out, new_state = call(*arrays.values())
+    assert np.asarray(out).tobytes() == np.asarray(expected[0]).tobytes()
+    assert np.asarray(new_state).tobytes() == np.asarray(expected[1]).tobytes()
+    before = case.inputs()["state"]
+    assert np.asarray(arrays["state"]).tobytes() == before.tobytes()
+
+
+def test_pool_of_its_own_buffer_is_copied_where_no_row_is():
+    case = Case(B=0, N=3, K=64, V=32, reads=())
+    arrays = {n: jnp.asarray(x) for n, x in (case.inputs() | case.slots).items()}
+    types = [jax.ShapeDtypeStruct(arrays[n].shape, jnp.float32) for n in ("v", "state")]
+    call = jax.ffi.ffi_call(TARGET, types)
+    _, new_state = jax.jit(lambda *x: call(*x, **attributes_of(case, arrays)))(
+        *arrays.values()
+    )
+    np.testing.assert_array_equal(np.asarray(new_state), case.inputs()["state"])
+
+
+# Where a result begins, in bytes behind the beginning of what it must not overlap.
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("result", [0, 1])
+@pytest.mark.parametrize("operand", [*REQUIRED, *OPTIONAL])
+@pytest.mark.parametrize("shift", [-16, 0, 16])
+def test_overlapping_buffers_are_refused(module, result, operand, shift):
+    case = Case(**SMALL, **POOL, writes=(0, 1, 2))
+    operands, results, attributes = call_of(case)
+    names = (*REQUIRED, *OPTIONAL)
+    operands.insert(len(REQUIRED), np.zeros_like(results[0]))
+    attributes["optional_operands"] = np.int32(7)
+    index = names.index(operand)
+    given = list(map(Array, operands))
+    room = np.zeros(64 + max(operands[index].nbytes, results[result].nbytes), np.uint8)
+    first = -(-(room.ctypes.data + 16) // 16) * 16
+    x = operands[index]
+    shift = shift if x.nbytes > 16 or shift < 0 else 0
+    given[index] = Array(first, x.dtype, x.shape)
+    to = list(map(Array, results))
+    y = results[result]
+    to[result] = Array(first + shift, y.dtype, y.shape)
+    may_share = (operand, result) in (("state", 1), ("output", 0))
+    if may_share and shift == 0:
+        if module == "_cpu":
+            assert client_of(module).call(given, to, attributes) is None
+        return
+    message = client_of(module).call(given, to, attributes)
+    written = ("out", "the new state")[result]
+    assert message == f"jax_gdn.decode: {written} must not overlap {operand}"
+    assert (results[0] == 7).all() or result == 0
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_results_that_overlap_are_refused(module):
+    operands, results, attributes = call_of(Case(**SMALL))
+    to = list(map(Array, results))
+    to[0] = Array(to[1].address, results[0].dtype, results[0].shape)
+    message = client_of(module).call(list(map(Array, operands)), to, attributes)
+    assert message == "jax_gdn.decode: out must not overlap the new state"
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    ("attribute", "value", "said"),
+    [
+        ("state_layout", 7, "state_layout must be 0 (KV) or 1 (VK), got 7"),
+        ("state_layout", -1, "state_layout must be 0 (KV) or 1 (VK), got -1"),
+        ("optional_operands", 8, "optional_operands, 8, must say which of output"),
+        ("optional_operands", 2, "optional_operands, 2, must say which of output"),
+        ("optional_operands", -1, "optional_operands, -1, must say which of output"),
+    ],
+)
+def test_attributes_of_another_program_are_refused(module, attribute, value, said):
+    operands, results, attributes = call_of(Case(**SMALL))
+    attributes[attribute] = np.int32(value)
+    message = client_of(module).call(
+        list(map(Array, operands)), list(map(Array, results)), attributes
+    )
+    assert message.startswith(f"jax_gdn.decode: {said}")
+
+
+@pytest.mark.cuda_build
+@pytest.mark.parametrize("layout", [2, 7, -1, 2**31 - 1])
+def test_planning_refuses_an_unknown_layout(layout):
+    arrays = Case(**SMALL).inputs()
+    arrays["out"] = np.zeros(arrays["v"].shape, np.float32)
+    operands = {n: (x.ctypes.data, str(x.dtype), x.shape) for n, x in arrays.items()}
+    with pytest.raises(ValueError, match=rf"0 \(KV\) or 1 \(VK\), got {layout}"):
+        _registration.cuda.plan(operands, 1.0, True, state_layout=layout)
+
+
+def mutate(rng, operands: list, results: list, attributes: dict) -> None:
+    """Makes one thing of a call another than it was."""
+    arrays = operands + results
+    x = arrays[rng.integers(len(arrays))]
+    kind = rng.integers(7)
+    if kind == 0:
+        x.dtype = rng.choice(["int32", "float64", "bool", "int64", "uint8", "float16"])
+    elif kind == 1 and x.shape:
+        at = rng.integers(len(x.shape))
+        size = int(rng.choice([0, 1, 5, 31, 2**31, 2**33, 2**62]))
+        x.shape = (*x.shape[:at], size, *x.shape[at + 1 :])
+    elif kind == 2:
+        x.shape = x.shape[1:] if rng.integers(2) else (*x.shape, 1)
+    elif kind == 3:
+        x.address += int(rng.integers(1, 16))
+    elif kind == 4:
+        name = rng.choice(sorted(attributes))
+        values = [-1, 2, 3, 7, 8, 2**31 - 1, -(2**31)]
+        attributes[name] = np.int32(rng.choice(values))
+    elif kind == 5:
+        attributes.pop(rng.choice(sorted(attributes)))
+    elif rng.integers(2):
+        operands.pop()
+    else:
+        operands.append(operands[0])
+
+
+# What an error may name: an argument, an attribute, or, of XLA's own, what it counts.
+NAMED = (*REQUIRED, *OPTIONAL, "out", "new state", "attribute", "arguments", "operands")
+
+
+@pytest.mark.cuda_build
+def test_no_wrong_program_goes_unnoticed_or_crashes():
+    """10,000 calls with one to three things changed, on both modules' handlers."""
+    rng = np.random.default_rng(0)
+    clients = {module: client_of(module) for module in ("_cpu", "_cuda")}
+    cases = [FORMS[0], FORMS[1], FORMS[2], Case(**SMALL, per_channel=True)]
+    calls = [call_of(case) for case in cases]
+    outcomes = Counter()
+    for number in range(10_000):
+        arrays, results, attributes = calls[number % len(calls)]
+        operands, to = list(map(Array, arrays)), list(map(Array, results))
+        attributes = dict(attributes)
+        for _ in range(rng.integers(1, 4)):
+            mutate(rng, operands, to, attributes)
+        message = clients["_cpu"].call(operands, to, attributes)
+        if message is None:
+            outcomes["still right"] += 1  # and the CUDA handler would launch
+            continue
+        outcomes["refused"] += 1
+        again = clients["_cuda"].call(operands, to, attributes)
+        assert any(name in message for name in NAMED), message
+        assert again == message
+    assert outcomes["refused"] > 8_000, outcomes
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64, 256])
+@pytest.mark.parametrize("late", [False, True])
+def test_threads_that_come_late_or_never_change_nothing(threads, late):
+    """Helpers of a pool that only start when the call has ended find nothing to do."""
+    case = Case(B=4, H=8, HV=16)
+    operands, results, attributes = call_of(case)
+    client = client_of("_cpu", threads=threads)
+    assert (
+        client.call(list(map(Array, operands)), list(map(Array, results)), attributes)
+        is None
+    )
+    woken = len(client.tasks)
+    assert woken <= min(threads - 1, 2)  # by the caller; a helper that runs wakes more
+    if late:
+        client.run_tasks()
+    out, state = decode64(**case.inputs())
+    assert_close(results[0], out, OUT_TOLERANCE, "out")
+    assert_close(results[1], state, STATE_TOLERANCE, "state")
