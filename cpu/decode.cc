@@ -38,6 +38,14 @@ float Softplus(float x) {
   return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
+// exp(g), in [0, 1], for x = a + dt_bias: for finite inputs never NaN, see kMaxALog.
+float Decay(float A_log, float x) {
+  const bool special = A_log > kMaxALog || x > kMaxFloat;
+  const float log_softplus = x > kLogMaxFloat ? kLogMaxFloat : x;  // NaN stays
+  const float log_rate = special ? A_log + log_softplus : A_log;
+  return std::exp(-std::exp(log_rate) * Softplus(special ? kUnitSoftplus : x));
+}
+
 // One entry, by the scalar code that serves every instruction set.
 float Scalar(const Input& x, int64_t index) {
   switch (x.dtype) {
@@ -139,16 +147,16 @@ class Decoder {
   }
 
   void LoadDecay(int64_t head, int32_t hv, float* decay) {
-    const float rate = -std::exp(p_.A_log[hv]);
+    const float A_log = p_.A_log[hv];
     if (!p_.per_channel) {
       const float x = Scalar(p_.a, head) + Scalar(p_.dt_bias, hv);
-      std::fill_n(decay, p_.K, std::exp(rate * Softplus(x)));
+      std::fill_n(decay, p_.K, Decay(A_log, x));
       return;
     }
     kernels_.widen(p_.a, head * p_.K, p_.K, decay);
     kernels_.widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_);
     for (int32_t i = 0; i < p_.K; ++i) {
-      decay[i] = std::exp(rate * Softplus(decay[i] + bias_[i]));
+      decay[i] = Decay(A_log, decay[i] + bias_[i]);
     }
   }
 

@@ -43,9 +43,13 @@ __device__ __forceinline__ float Softplus(float x) {
   return fmaxf(x, 0.0f) + Log1pOfFraction(expf(-fabsf(x)));
 }
 
-// exp(g), in [0, 1], for x = a + dt_bias.
+// exp(g), in [0, 1], for x = a + dt_bias: for finite inputs never NaN, see kMaxALog.
+// Without a branch, so Softplus of a value that is picked, not a picked value of it.
 __device__ __forceinline__ float Decay(float A_log, float x) {
-  return expf(-expf(A_log) * Softplus(x));
+  const bool special = A_log > kMaxALog || x > kMaxFloat;
+  const float log_softplus = x > kLogMaxFloat ? kLogMaxFloat : x;  // NaN stays
+  const float log_rate = special ? A_log + log_softplus : A_log;
+  return expf(-expf(log_rate) * Softplus(special ? kUnitSoftplus : x));
 }
 
 // The write strength, in [0, 1].

@@ -8,13 +8,13 @@ state is a copy. The weights, `A_log` and `dt_bias`, have no B: where they are m
 import dataclasses
 import functools as ft
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
 from jax_gdn._platforms import on_platform
 from jax_gdn._primitive import Settings
+from jax_gdn._reference import decay_rate
 from jax_gdn._sharding import on_mesh
 
 
@@ -73,8 +73,8 @@ def _weights_into_a(
     dt_bias = jnp.zeros(x.shape[settings.mapped + 3 :], jnp.float32)
     if not mapped["A_log"]:
         return {"a": x, "dt_bias": dt_bias}
-    decay = jnp.exp(widened("A_log")) * jax.nn.softplus(x)
-    x = decay + jnp.log(-jnp.expm1(-decay))
+    rate = decay_rate(widened("A_log"), x)
+    x = rate + jnp.log(-jnp.expm1(-rate))
     return {
         "a": x,
         "A_log": jnp.zeros(x.shape[settings.mapped + 3], jnp.float32),

@@ -15,7 +15,10 @@ arXiv:2510.26692.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def reference_decode(
@@ -37,11 +40,14 @@ def reference_decode(
 ) -> tuple[Array, Array]:
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    S, there, read, write = state, None, state_indices, output_state_indices
+    S, tokens, there = state, [q, k, v, a, b], None
+    read, write = state_indices, output_state_indices
     if read is not None:
         write = read if write is None else write
         there = (read >= 0) & (read < state.shape[0])  # the other rows are padding
-        S = state[jnp.where(there, read, 0)]
+        # Cut off here: no derivative may depend on what padding, or its slot, holds.
+        tokens = [_only(x, there) for x in tokens]
+        S = _read(state, jnp.where(there, read, state.shape[0]))
     every_token = write is not None and write.ndim == 2
     S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
 
@@ -49,13 +55,26 @@ def reference_decode(
         out, S = _decode_token(S, token, A_log, dt_bias, use_qk_l2norm)
         return S, (factor * out, S if every_token else None)
 
-    tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in (q, k, v, a, b)]
+    tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in tokens]
     S, (out, snapshots) = lax.scan(step, S, tokens)
     S = S if snapshots is None else jnp.moveaxis(snapshots, 0, 1)
     state = _stored(S if state_layout == "KV" else S.mT, state, write, there)
-    out = jnp.moveaxis(out, 0, 1)
-    out = out if there is None else jnp.where(there[:, None, None, None], out, 0)
+    out = _only(jnp.moveaxis(out, 0, 1), there)
     return out.astype(q.dtype if output is None else output.dtype), state
+
+
+def _only(x, there):
+    """The rows of x, [B, ...], that are there, and 0 for the others; None: all are."""
+    if there is None:
+        return x
+    return jnp.where(jnp.expand_dims(there, range(1, x.ndim)), x, 0)
+
+
+def _read(state, slots):
+    """The states in slots of a pool, and 0 for those that it does not have."""
+    if state.shape[0] == 0:
+        return jnp.zeros((*slots.shape, *state.shape[1:]), state.dtype)
+    return state.at[slots].get(mode="fill", fill_value=0)
 
 
 def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
@@ -68,14 +87,30 @@ def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
         q, k = lax.optimization_barrier((q, k))
     q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
     x = a + dt_bias.astype(jnp.float32)[None]
-    rate = jnp.exp(A_log)
-    g = -jnp.expand_dims(rate, [0, *range(2, x.ndim)]) * jax.nn.softplus(x)
+    g = -decay_rate(jnp.expand_dims(A_log, [0, *range(2, x.ndim)]), x)
     beta = jax.nn.sigmoid(b)[..., None]
 
     S = (jnp.exp(g)[..., None] if g.ndim == 3 else jnp.exp(g)[..., None, None]) * S
     u = beta * (v - jnp.sum(k[..., None] * S, axis=2))
     S = S + k[..., None] * u[:, :, None]
     return jnp.sum(q[..., None] * S, axis=2), S
+
+
+def decay_rate(A_log, x):
+    """exp(A_log) * softplus(x), at most 128, where exp(-128) is 0 as exp(-inf) is.
+
+    Finite for all finite inputs, with its derivatives of either mode: an A_log whose
+    exp, times a cotangent, may overflow or vanish is added to log softplus(x), which is
+    x, to rounding, up to x = -17. What a `where` does not take is finite, too.
+    """
+    extreme = jnp.abs(A_log) > 60
+    softplus = jax.nn.softplus(x)
+    softplus = jnp.where(softplus > FLOAT32_MAX, FLOAT32_MAX, softplus)
+    tiny = x < -17
+    log_rate = A_log + jnp.where(tiny, x, jnp.log(jnp.where(tiny, 1, softplus)))
+    rate = jnp.exp(jnp.where(log_rate > 5, 5, log_rate))
+    rate = jnp.where(extreme, rate, jnp.exp(jnp.where(extreme, 0, A_log)) * softplus)
+    return jnp.where(rate > 128, 128, rate)
 
 
 def _stored(S, state, write, there):

@@ -162,7 +162,10 @@ OPERATIONS: dict[str, Operation] = dict(
         ),
         *(_compare(f"setp.ne.{kind}", operator.ne) for kind in ("s16", "s32", "s64")),
         *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32", "s64")),
-        *(_compare(f"setp.gt.{kind}", operator.gt) for kind in ("s32", "u32", "s64")),
+        *(
+            _compare(f"setp.gt.{kind}", operator.gt)
+            for kind in ("s32", "u32", "s64", "f32")
+        ),
         *(_compare(f"setp.ge.{kind}", operator.ge) for kind in ("u32", "s64", "f32")),
         _compare("setp.le.s64", operator.le),
         _compare("setp.ltu.f32", lambda a, b: ~(a >= b)),  # true of NaN, too

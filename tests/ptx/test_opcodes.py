@@ -103,7 +103,7 @@ def test_every_integer_operation_is_tested():
     tested_elsewhere = {"prmt.b32", "mad.lo.s32"}
     tested_elsewhere |= {f"selp.{kind}" for kind in ("b32", "b64", "f32")}
     tested_elsewhere |= {"and.pred", "or.pred", "xor.pred"}
-    tested_elsewhere |= {"setp.ge.f32", "setp.ltu.f32"}
+    tested_elsewhere |= {"setp.ge.f32", "setp.gt.f32", "setp.ltu.f32"}
     integers = {name for name, op in OPERATIONS.items() if op.kind == "integer"}
     assert integers == set(EXPECTED) | tested_elsewhere
 
@@ -160,13 +160,15 @@ def test_what_selp_does_not_choose_may_hold_nothing():
         fixtures.run(text.format(63))
 
 
-def test_nan_is_less_where_unordered():
+def test_nan_compares_as_the_opcode_says():
     a = np.float32([1, np.nan, 0, -1, 0])
     b = np.float32([0, 0, np.nan, 0, -0.0])
     less = OPERATIONS["setp.ltu.f32"].compute(a, b).tolist()
     assert less == [False, True, True, True, False]
     not_less = OPERATIONS["setp.ge.f32"].compute(a, b).tolist()
     assert not_less == [True, False, False, False, True]
+    greater = OPERATIONS["setp.gt.f32"].compute(a, b).tolist()
+    assert greater == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
