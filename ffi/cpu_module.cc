@@ -1,14 +1,13 @@
 // The `_cpu` module: the FFI handler of the host kernel.
 #include <nanobind/nanobind.h>
 
-#include <algorithm>
-#include <atomic>
-#include <memory>
+#include <cstring>
+#include <functional>
 #include <string>
-#include <thread>
+#include <utility>
 
-#include "cpu/decode.h"
 #include "cpu/step.h"
+#include "cpu/threads.h"
 #include "ffi/binding.h"
 #include "ffi/module.h"
 
@@ -18,59 +17,18 @@ namespace ffi = xla::ffi;
 namespace jax_gdn {
 namespace {
 
-// Below this much state a thread's wake-up costs more than it saves.
-constexpr int64_t kMinBytesPerThread = 64 << 10;
-// Parts a thread: one that starts late leaves its own to the others.
-constexpr int64_t kPartsPerThread = 4;
-
-// The states of one call, in parts that threads take as they come.
-class Shared {
- public:
-  Shared(const DecodeParams& params, int64_t parts) : params_(params), parts_(parts) {}
-
-  // Takes parts until none is left.
-  void Work() {
-    const int64_t states = params_.B * params_.HV;
-    for (int64_t part; (part = taken_.fetch_add(1)) < parts_;) {
-      DecodeStates(params_, states * part / parts_, states * (part + 1) / parts_);
-      done_.fetch_add(1, std::memory_order_release);
-    }
-  }
-
-  // Returns when the parts that others took are done. Only running threads have taken
-  // any, so this ends even where nothing else of the pool ever runs.
-  void Wait() const {
-    while (done_.load(std::memory_order_acquire) < parts_) std::this_thread::yield();
-  }
-
- private:
-  const DecodeParams params_;
-  const int64_t parts_;
-  std::atomic<int64_t> taken_ = 0, done_ = 0;
-};
-
-// Spreads the states over XLA's pool and works on them itself. It returns when all is
-// done: XLA would hand a call that ends later from thread to thread.
+// XLA's pool and this thread do the work. It returns when all is done: XLA would hand a
+// call that ends later from thread to thread.
 ffi::Error Execute(ffi::ThreadPool pool, const DecodeCall& call) {
   ffi::ErrorOr<DecodeParams> params = ParamsOf(call);
   if (params.has_error()) return params.error();
-
-  const int64_t states = params->B * params->HV;
-  const int64_t bytes =
-      states * params->K * params->V * (params->state.dtype == DType::kFloat32 ? 4 : 2);
-  const int64_t threads = std::clamp<int64_t>(
-      std::min(bytes / kMinBytesPerThread, states), 1, pool.num_threads());
-  if (threads == 1) {
-    DecodeStates(*params, 0, states);
-    return ffi::Error::Success();
+  if (const size_t bytes = BytesToCopy(*params)) {
+    std::memcpy(params->new_state, params->state.data, bytes);
+    params->state.data = params->new_state;
   }
-  const auto shared =
-      std::make_shared<Shared>(*params, std::min(states, threads * kPartsPerThread));
-  for (int64_t other = 1; other < threads; ++other) {
-    pool.Schedule([shared] { shared->Work(); });
-  }
-  shared->Work();
-  shared->Wait();
+  DecodeOnThreads(*params, pool.num_threads(), [&pool](std::function<void()> task) {
+    pool.Schedule(std::move(task));
+  });
   return ffi::Error::Success();
 }
 
