@@ -14,7 +14,7 @@ import numpy as np
 import jax_gdn
 
 BATCH, SLOTS, H, HV, K, V = 4, 6, 2, 4, 64, 64
-A_log, dt_bias = jnp.zeros(HV), jnp.zeros(HV)
+A_log, dt_bias = jnp.zeros(HV, jnp.float32), jnp.zeros(HV, jnp.float32)
 
 
 def tokens(request: int, length: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ reset_slot = jax.jit(lambda pool, slot: pool.at[slot].set(0), donate_argnums=0)
 
 
 def serve(requests: dict[int, dict[str, Any]]) -> dict[int, list[np.ndarray]]:
-    pool = jnp.zeros((SLOTS, HV, K, V))
+    pool = jnp.zeros((SLOTS, HV, K, V), jnp.float32)
     waiting = collections.deque(requests)
     free = list(range(SLOTS))
     rows: list[tuple[int, int, int] | None] = [None] * BATCH  # request, slot, token
@@ -72,7 +72,7 @@ def serve(requests: dict[int, dict[str, Any]]) -> dict[int, list[np.ndarray]]:
 
 
 def alone(inputs: dict[str, Any]) -> list[np.ndarray]:
-    state, outputs = jnp.zeros((1, HV, K, V)), []
+    state, outputs = jnp.zeros((1, HV, K, V), jnp.float32), []
     for t in range(len(inputs["q"])):
         token = {name: x[t : t + 1] for name, x in inputs.items()}
         out, state = jax_gdn.decode(**token, state=state, A_log=A_log, dt_bias=dt_bias)

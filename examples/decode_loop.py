@@ -25,12 +25,12 @@ def step(state, key, A_log, dt_bias):
 
 
 def main():
-    A_log, dt_bias = jnp.zeros(HV), jnp.zeros(HV)
+    A_log, dt_bias = jnp.zeros(HV, jnp.float32), jnp.zeros(HV, jnp.float32)
     keys = jax.random.split(jax.random.key(0), STEPS)
 
     # Stepping from Python.
     decode_step = jax.jit(step, donate_argnums=0)
-    state = jnp.zeros((B, HV, K, V))
+    state = jnp.zeros((B, HV, K, V), jnp.float32)
     where = state.unsafe_buffer_pointer()
     for key in keys:
         state, _ = decode_step(state, key, A_log, dt_bias)
@@ -40,7 +40,7 @@ def main():
     def scan(state):
         return jax.lax.scan(lambda s, k: step(s, k, A_log, dt_bias), state, keys)
 
-    scanned, _ = jax.jit(scan, donate_argnums=0)(jnp.zeros((B, HV, K, V)))
+    scanned, _ = jax.jit(scan, donate_argnums=0)(jnp.zeros((B, HV, K, V), jnp.float32))
     print("scanned: same bits", bool(jnp.array_equal(scanned, state)))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import jax_gdn
 
 B, T, H, HV, K, V, LENGTH = 3, 4, 2, 4, 64, 64, 24
-A_log, dt_bias = jnp.zeros(HV), jnp.zeros(HV)
+A_log, dt_bias = jnp.zeros(HV, jnp.float32), jnp.zeros(HV, jnp.float32)
 
 
 def sequence(key, length: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def main():
     wrong = sequence(jax.random.key(1), LENGTH)
     # Row n owns slots n (T + 1) to n (T + 1) + T: one to read, T to write.
     slots = np.arange(B * (T + 1), dtype=np.int32).reshape(B, T + 1)
-    pool = jnp.zeros((slots.size, HV, K, V))
+    pool = jnp.zeros((slots.size, HV, K, V), jnp.float32)
     read, position = slots[:, 0].copy(), np.zeros(B, int)
     outputs = [[] for _ in range(B)]
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def main():
                 read[n] = write[n, good[n] - 1]  # roll back to the last right token
         position += good
 
-    state = jnp.zeros((B, HV, K, V))
+    state = jnp.zeros((B, HV, K, V), jnp.float32)
     same = True
     for t in range(LENGTH):
         token = {name: x[:, t : t + 1] for name, x in true.items()}

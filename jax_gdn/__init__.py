@@ -5,6 +5,13 @@ from importlib.metadata import version
 from jax_gdn._decode import decode as decode
 from jax_gdn._reference import reference_decode as reference_decode
 from jax_gdn._registration import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
+from jax_gdn._slots import check_slots as check_slots
 
 __version__ = version("jax-gdn")
-__all__ = ["DISABLE_JAX_EXPORT_CHECKS", "__version__", "decode", "reference_decode"]
+__all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
+    "__version__",
+    "check_slots",
+    "decode",
+    "reference_decode",
+]

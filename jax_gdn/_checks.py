@@ -4,10 +4,11 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
+
+from jax_gdn._slots import to_int32
 
 _FLOAT32 = ("float32",)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -30,6 +31,9 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+SLOTS = ("state_indices", "output_state_indices")
+
+
 def axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str]:
     """Returns the axes that an argument must have, given the others."""
     choices = _ARGUMENTS[name][0]
@@ -43,37 +47,52 @@ def axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str
     return (fitting or choices)[0].split()
 
 
-def _shape_text(axes: list[str], sizes: dict[str, int]) -> str:
+def _shape_text(axes: list[str], sizes: Mapping[str, int]) -> str:
     letters = f"[{', '.join(axes)}]"
     known = f"[{', '.join(str(sizes.get(axis, axis)) for axis in axes)}]"
     return letters if known == letters else f"{letters} = {known}"
 
 
-def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Array]:
-    """Returns the arrays, by argument name, if they fit the table and each other."""
+def as_array(name: str, x: Any) -> Array:
+    """Returns an argument as a JAX array if jnp would: NumPy's, and `__jax_array__`."""
+    if hasattr(x, "__jax_array__"):
+        return jnp.asarray(x)
+    if isinstance(x, np.ndarray | np.generic):
+        return jnp.asarray(to_int32(name, np.asarray(x)) if name in SLOTS else x)
+    hint = f" Pass np.array({name})." if name in SLOTS and x is not None else ""
+    axes = _ARGUMENTS[name][0][0].split()
+    raise TypeError(
+        f"jax_gdn.decode: `{name}` must be an array [{', '.join(axes)}]; "
+        f"got {type(x).__name__}.{hint}"
+    )
+
+
+def check_arrays(arrays: Mapping[str, Array], state_layout: str) -> None:
+    """Raises unless the arrays, by argument name, fit the table and each other."""
     sizes: dict[str, int] = {}
+    sources: dict[str, str] = {}  # the argument that an axis has its size from
     for name, x in arrays.items():
         axes = axes_of(name, arrays, state_layout)
-        if not isinstance(x, jax.Array):
-            raise TypeError(
-                f"jax_gdn.decode: `{name}` must be an array "
-                f"{_shape_text(axes, sizes)}; got {type(x).__name__}."
-            )
-        agrees = len(x.shape) == len(axes) and all(
-            sizes.get(axis, size) == size
-            for axis, size in zip(axes, x.shape, strict=True)
-        )
-        if not agrees:
+        wrong = len(x.shape) != len(axes)
+        origins = []
+        for axis, size in zip(axes, x.shape, strict=False):
+            if not wrong and sizes.get(axis, size) != size:
+                origins.append(f"{axis} = {sizes[axis]} from `{sources[axis]}`")
+        if wrong or origins:
             raise ValueError(
                 f"jax_gdn.decode: `{name}` must have shape "
-                f"{_shape_text(axes, sizes)}; got {list(x.shape)}."
+                f"{_shape_text(axes, sizes)}; got {list(x.shape)}"
+                + (f" ({', '.join(origins)})." if origins else ".")
+                + _pool_hint(name, axes, x.shape, sizes)
             )
-        sizes.update(zip(axes, x.shape, strict=True))
+        for axis, size in zip(axes, x.shape, strict=True):
+            sizes.setdefault(axis, size)
+            sources.setdefault(axis, name)
         dtypes = _ARGUMENTS[name][1]
         if jnp.dtype(x.dtype).name not in dtypes:
             raise TypeError(
                 f"jax_gdn.decode: `{name}` must be {' or '.join(dtypes)}; "
-                f"got {jnp.dtype(x.dtype).name}."
+                f"got {jnp.dtype(x.dtype).name}.{_dtype_hint(name, x)}"
             )
         _check_sizes(name, axes, sizes)
     if "output_state_indices" in arrays and "state_indices" not in arrays:
@@ -81,10 +100,27 @@ def check_arrays(arrays: Mapping[str, Any], state_layout: str) -> dict[str, Arra
             "jax_gdn.decode: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
         )
-    return dict(arrays)
 
 
-def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:
+def _pool_hint(name: str, axes: list[str], shape: Any, sizes: Mapping[str, int]) -> str:
+    """Says what a pool needs where only the number of states is wrong."""
+    if name != "state" or axes[0] != "B" or len(shape) != len(axes):
+        return ""
+    pairs = list(zip(axes, shape, strict=True))[1:]
+    if any(sizes.get(axis, size) != size for axis, size in pairs):
+        return ""
+    return " A pool of slots, [N, ...], needs `state_indices`, the slot of each row."
+
+
+def _dtype_hint(name: str, x: Array) -> str:
+    """Says how to cast where another width of the right kind came."""
+    wanted = jnp.integer if name in SLOTS else jnp.floating
+    if not jnp.issubdtype(x.dtype, wanted):
+        return ""
+    return f" Cast it: {name}.astype(jnp.{_ARGUMENTS[name][1][0]})."
+
+
+def _check_sizes(name: str, axes: list[str], sizes: Mapping[str, int]) -> None:
     for axis in axes:
         if axis not in ("B", "T", "N") and export.is_symbolic_dim(sizes[axis]):
             raise ValueError(
@@ -97,23 +133,9 @@ def _check_sizes(name: str, axes: list[str], sizes: dict[str, int]) -> None:
             )
     if "HV" in sizes and sizes["HV"] % sizes["H"] != 0:
         raise ValueError(
-            f"jax_gdn.decode: `{name}` must have HV a multiple of H = {sizes['H']}; "
-            f"got HV = {sizes['HV']}."
+            f"jax_gdn.decode: `{name}` must have HV a multiple of H = {sizes['H']} "
+            f"from `q`; got HV = {sizes['HV']}."
         )
-
-
-def check_slots(**slots: object) -> None:
-    """Raises if JAX would wrap slots of a 64-bit NumPy array around on the way in."""
-    int32 = np.iinfo(np.int32)
-    for name, x in slots.items():
-        if not isinstance(x, np.ndarray) or x.dtype not in (np.int64, np.uint64):
-            continue
-        beyond = x[(x < int32.min) | (x > int32.max)]
-        if beyond.size:
-            raise ValueError(
-                f"jax_gdn.decode: `{name}` must hold slots that fit into int32; got "
-                f"{beyond.flat[0]}."
-            )
 
 
 def check_settings(

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_gdn._checks import axes_of, check_arrays, check_settings, check_slots
+from jax_gdn._checks import as_array, axes_of, check_arrays, check_settings
 from jax_gdn._gradient import differentiable
 from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings
 
@@ -80,7 +80,8 @@ def decode(
             after each of its tokens, [B, T]: snapshots, so that speculative decoding
             rolls back by choosing a slot. An index outside [0, N) is not written.
             Default: `state_indices`. What two rows leave in a slot that both write,
-            or that one writes and another reads, is undefined.
+            or that one writes and another reads, is undefined; `jax_gdn.check_slots`
+            finds them. Slots in NumPy arrays may have any integer dtype.
         implementation: None, "native" or "xla". "native" is the CUDA kernel (compute
             capability 9.0 and newer; K of 64, 128, 192 or 256, V a multiple of 16) or
             the host kernel (any K and V). "xla" is the jnp form, on any platform.
@@ -96,27 +97,30 @@ def decode(
             `implementation` is unknown, `output_state_indices` comes alone, a slot of a
             NumPy array does not fit into int32, or mapped calls share a pool.
         TypeError: A dtype or a static argument has the wrong type.
+        ImportError: The native modules were built for a newer jaxlib than this one.
         NotImplementedError: `implementation="native"` where there is no such kernel;
             or inside a `jax.shard_map` that leaves axes of the mesh to XLA.
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
-    # Before jit, which makes int32 of them.
-    check_slots(state_indices=state_indices, output_state_indices=output_state_indices)
-    try:
-        return _decode(
-            *(q, k, v, state, A_log, a, dt_bias, b),
-            *(output, state_indices, output_state_indices),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            state_layout=state_layout,
-            implementation=implementation,
-        )
-    except ValueError:
-        # A setting that cannot be hashed fails inside jit, which does not name it.
-        check_settings(scale, use_qk_l2norm, state_layout, implementation)
-        raise
+    check_settings(scale, use_qk_l2norm, state_layout, implementation)
+    given = (q, k, v, state, A_log, a, dt_bias, b)
+    optional = (output, state_indices, output_state_indices)
+    # Before jit, which would take slots that wrap around and, where it is disabled,
+    # converts nothing.
+    return _decode(
+        *(
+            x
+            if isinstance(x, Array) or (x is None and name in OPTIONAL)
+            else as_array(name, x)
+            for name, x in zip(REQUIRED + OPTIONAL, given + optional, strict=True)
+        ),
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        state_layout=state_layout,
+        implementation=implementation,
+    )
 
 
 @ft.partial(
@@ -124,7 +128,7 @@ def decode(
     static_argnames=("scale", "use_qk_l2norm", "state_layout", "implementation"),
 )
 def _decode(
-    *arrays: Array | None,
+    *given: Array | None,
     scale: float | None,
     use_qk_l2norm: bool,
     state_layout: str,
@@ -132,21 +136,18 @@ def _decode(
 ) -> tuple[Array, Array]:
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
-    check_settings(scale, use_qk_l2norm, state_layout, implementation)
-    named = zip(REQUIRED + OPTIONAL, arrays, strict=True)
-    given = check_arrays(
-        {name: x for name, x in named if name in REQUIRED or x is not None},
-        state_layout,
-    )
-    K = given["q"].shape[-1]
+    named = zip(REQUIRED + OPTIONAL, given, strict=True)
+    arrays = {name: x for name, x in named if x is not None}
+    check_arrays(arrays, state_layout)
+    K = arrays["q"].shape[-1]
     settings = Settings(
-        operands=tuple(given),
-        axes=tuple(tuple(axes_of(name, given, state_layout)) for name in given),
+        operands=tuple(arrays),
+        axes=tuple(tuple(axes_of(name, arrays, state_layout)) for name in arrays),
         scale=K**-0.5 if scale is None else float(scale),
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
         implementation=implementation,
     )
     with jax.named_scope("jax_gdn.decode"):
-        out, state = differentiable(settings, *given.values())
+        out, state = differentiable(settings, *arrays.values())
     return out, state

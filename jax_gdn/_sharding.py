@@ -159,7 +159,13 @@ def partitioned(settings: Settings, *operands: Array) -> list[Array]:
         )
     if mesh.manual_axes:
         return native(settings, *operands)
-    return _partitioned(settings, mesh, *operands)
+    # Not `static_argnums`, whose closures JAX's leak checker takes for leaks.
+    call = custom_partitioning(ft.partial(native, settings))
+    call.def_partition(
+        ft.partial(_partition, settings, mesh),
+        sharding_rule=ft.partial(_sharding_rule, settings),
+    )
+    return call(*operands)
 
 
 def _with_names(mesh: Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -208,7 +214,7 @@ def _partition(settings: Settings, context, mesh, operands, results):
     return mesh, call, shardings[-2:], tuple(shardings[:-2])
 
 
-def _sharding_rule(settings: Settings, context, mesh, operands, results):
+def _sharding_rule(settings: Settings, mesh, operands, results):
     """Says which axes are split alike, for shardings to spread through the call."""
     q, v = (settings.index(name) for name in ("q", "v"))
     H, HV = operands[q].shape[-2], operands[v].shape[-2]
@@ -233,11 +239,3 @@ def _sharding_rule(settings: Settings, context, mesh, operands, results):
         name for name in dict.fromkeys(re.findall(r"\w+", rule)) if name in whole
     ]
     return rule, {"need_replication_factors": tuple(ordered), **sizes}
-
-
-@ft.partial(custom_partitioning, static_argnums=(0, 1))
-def _partitioned(settings: Settings, context, *operands: Array) -> list[Array]:
-    return native(settings, *operands)
-
-
-_partitioned.def_partition(_partition, sharding_rule=_sharding_rule)

@@ -59,7 +59,7 @@ def test_wrong_rank(name):
     wrong = arguments()[name][None]
     raises(
         ValueError,
-        rf"`{name}` must have shape \[.*\]; got \[1, {wrong.shape[1]}.*\]\.",
+        rf"`{name}` must have shape \[.*\]; got \[1, {wrong.shape[1]}.*\].*\.",
         **{name: wrong},
     )
 
@@ -84,6 +84,22 @@ def test_half_precision_A_log(dtype):
 @pytest.mark.parametrize("name", NAMES[:-1])
 def test_missing_array(name):
     raises(TypeError, f"`{name}` must be an array .*; got NoneType", **{name: None})
+
+
+def test_where_an_expected_size_came_from():
+    """The argument that is named may be the right one, beside a wrong one."""
+    q = jnp.zeros((2, 1, 2, 63))
+    match = r"`k` must have shape .*; got \[2, 1, 2, 64\] \(K = 63 from `q`\)\."
+    raises(ValueError, match, q=q)
+    b = jnp.zeros((1, 1, 5))
+    match = r"`b` .*; got \[1, 1, 5\] \(B = 2 from `q`, HV = 4 from `v`\)\."
+    raises(ValueError, match, b=b)
+
+
+def test_pool_without_its_slots():
+    pool = jnp.zeros((7, 4, 64, 32))
+    match = r"`state` .* \(B = 2 from `q`\)\. A pool .* needs `state_indices`"
+    raises(ValueError, match, state=pool)
 
 
 def test_no_token():
@@ -140,7 +156,12 @@ def test_slots_of_a_pool():
 
 def test_heads_do_not_divide():
     q = jnp.zeros((2, 1, 3, 64))
-    raises(ValueError, "`v` must have HV a multiple of H = 3; got HV = 4", q=q, k=q)
+    raises(
+        ValueError,
+        "`v` must have HV a multiple of H = 3 from `q`; got HV = 4",
+        q=q,
+        k=q,
+    )
 
 
 def test_empty_axis():
