@@ -1,14 +1,21 @@
-FFI_API_VERSION: tuple[int, int]
-CUDA_VERSION: tuple[int, int]
-ARCHITECTURES: str
+from collections.abc import Mapping, Sequence
 
-def handlers() -> dict[str, dict[str, object]]: ...
+FFI_API_VERSION: tuple = (0, 3)
+
+CUDA_VERSION: tuple = (13, 0)
+
+ARCHITECTURES: str = "90-real,90-virtual"
+
+def handlers() -> dict: ...
+
+PASS_SHAPES: int = 8
+
 def why_unsupported(B: int, HV: int, K: int, V: int) -> str | None: ...
-def kernel_symbols() -> list[str]: ...
 def plan(
-    operands: dict[str, tuple[int, str, list[int]]],
+    operands: Mapping[str, tuple[int, str, Sequence[int]]],
     scale: float,
     use_qk_l2norm: bool,
     state_layout: int = 0,
-    VT: int | None = None,
-) -> dict[str, object]: ...
+    kernel: str | None = None,
+) -> dict: ...
+def kernel_symbols() -> list[str]: ...

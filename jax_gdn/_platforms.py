@@ -56,6 +56,7 @@ def on_platform(settings: Settings, *operands: Array) -> list[Array]:
     """Stages the call; what runs is decided when it is lowered for a platform."""
     if settings.implementation == "xla":
         return xla(settings, *operands)
+    _registration.require_handlers()
 
     def without_native(reason: str | None, *operands: Array) -> list[Array]:
         q = _without_native_p.bind(

@@ -44,23 +44,27 @@ def _load(name: str) -> ModuleType | None:
         return None
 
 
-def _check_ffi_version(module: ModuleType) -> None:
+def _register(module: ModuleType, platform: str) -> str | None:
+    """Hands a module's handlers to XLA, or says why that must not be."""
     # A jaxlib that is handed handlers of a newer FFI version refuses them by
     # breaking the whole backend, so they are held back here.
     built, runs = module.FFI_API_VERSION, runtime_ffi_version()
     if built[0] != runs[0] or built[1] > runs[1]:
-        raise ImportError(
-            f"jax_gdn: {module.__name__} was built with XLA FFI {built[0]}.{built[1]}, "
+        return (
+            f"{module.__name__} was built with XLA FFI {built[0]}.{built[1]}, "
             f"but jaxlib {jaxlib.version.__version__} speaks {runs[0]}.{runs[1]}. "
             "Upgrade jaxlib, or rebuild jax_gdn against this one."
         )
-
-
-def _register(module: ModuleType, platform: str) -> None:
-    _check_ffi_version(module)
     targets = {"decode": DECODE_TARGET, "in_place_pass": PASS_TARGET}
     for name, stages in module.handlers().items():
         jax.ffi.register_ffi_target(targets[name], stages, platform=platform)
+    return None
+
+
+def require_handlers() -> None:
+    """Raises where a module's handlers were held back."""
+    for held_back in unregistered.values():
+        raise ImportError(f"jax_gdn: {held_back}")
 
 
 _host = _load("_cpu")
@@ -72,6 +76,9 @@ if _host is None:
     )
 cpu: ModuleType = _host
 cuda: ModuleType | None = _load("_cuda")
-_register(cpu, "cpu")
-if cuda is not None:
-    _register(cuda, "CUDA")
+# By module, why its handlers were held back. Said where they are wanted: until then,
+# `jax-gdn info` and `reference_decode` work.
+unregistered: dict[str, str] = {}
+for _module, _platform in ((cpu, "cpu"), (cuda, "CUDA")):
+    if _module is not None and (_held_back := _register(_module, _platform)):
+        unregistered[_module.__name__] = _held_back

@@ -16,6 +16,8 @@ from jax_gdn import _bench, _bench_run, _registration
 
 def _native_kernel(device: Any) -> tuple[str | None, str]:
     """Returns the native kernel's name for a device, or None, and an explanation."""
+    if _registration.unregistered:
+        return None, "the native modules do not fit this jaxlib"
     if device.platform == "cpu":
         return "host kernel", "any K and V"
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
@@ -66,7 +68,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         "implementation": f"native, {kernel}" if kernel else f"XLA form: {why}",
         "shapes": f"B {config.B}, H {config.H}, HV {config.HV}, K {config.K}, "
         f"V {config.V}, bfloat16; state float32",
-        "tokens": f"{config.B / seconds:,.0f} a second, {seconds * 1e6:,.0f} us a step",
+        "one layer": f"{seconds * 1e6:,.0f} us a call, one token of each sequence",
         "state traffic": f"{rate['decode']:,.1f} GB/s; an in-place pass over the same "
         f"bytes: {rate['in-place pass']:,.1f} GB/s ({share:.0%})",
         "largest error": f"{error_state:.1e} in the state, {error_out:.1e} in out "
@@ -84,18 +86,18 @@ def _info(_: argparse.Namespace) -> int:
         "python, numpy": f"{platform.python_version()}, {np.__version__}",
         "XLA FFI": "jaxlib speaks {}.{}".format(*_registration.runtime_ffi_version()),
         "target": _registration.DECODE_TARGET,
-        "host module": "registered, FFI {}.{}, ".format(
-            *_registration.cpu.FFI_API_VERSION
-        )
-        + f"instruction set {_registration.cpu.instruction_set()}",
+        "host module": _module_text(
+            _registration.cpu,
+            f"instruction set {_registration.cpu.instruction_set()}",
+        ),
         "CUDA module": "not in this build",
     }
     if _registration.cuda is not None:
-        rows["CUDA module"] = (
-            "registered, FFI {}.{}, ".format(*_registration.cuda.FFI_API_VERSION)
-            + "CUDA {}.{} runtime, ".format(*_registration.cuda.CUDA_VERSION)
+        rows["CUDA module"] = _module_text(
+            _registration.cuda,
+            "CUDA {}.{} runtime, ".format(*_registration.cuda.CUDA_VERSION)
             + f"architectures {_registration.cuda.ARCHITECTURES}, "
-            f"{len(_registration.cuda.kernel_symbols())} kernels"
+            f"{len(_registration.cuda.kernel_symbols())} kernels",
         )
     for device in jax.devices():
         kernel, why = _native_kernel(device)
@@ -103,7 +105,15 @@ def _info(_: argparse.Namespace) -> int:
             f"native, {kernel} ({why})" if kernel else f"XLA form only: {why}"
         )
     _print_rows(rows)
-    return 0
+    return 1 if _registration.unregistered else 0
+
+
+def _module_text(module: Any, details: str) -> str:
+    held_back = _registration.unregistered.get(module.__name__)
+    if held_back is not None:
+        return f"NOT registered: {held_back}"
+    version = "{}.{}".format(*module.FFI_API_VERSION)
+    return f"registered, FFI {version}, {details}"
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
