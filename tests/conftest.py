@@ -13,6 +13,15 @@ os.environ.pop("PYTHONSAFEPATH", None)
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_collection_modifyitems(items):
+    from jax_gdn import _registration
+
+    if _registration.cuda is None:
+        for item in items:
+            if item.get_closest_marker("cuda_build"):
+                item.add_marker(pytest.mark.skip(reason="this build has no CUDA"))
+
+
 @pytest.fixture
 def host():
     """Makes the host's first device the default, for tests of small or odd sizes."""

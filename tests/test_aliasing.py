@@ -130,6 +130,7 @@ def test_xla_form_finds_a_use_for_output():
     assert out.dtype == jnp.float32
 
 
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_lowered_for_cuda(program):
     """Target and alias are there in what a GPU would compile."""

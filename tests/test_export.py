@@ -73,6 +73,7 @@ def run(code: str, *arguments, cwd, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("case", [DENSE, POOL], ids=["dense", "pool"])
 def test_reloaded_in_a_fresh_process(case, tmp_path):
     """With other sizes than it was traced with; in place and without a copy."""
@@ -89,12 +90,14 @@ def test_reloaded_in_a_fresh_process(case, tmp_path):
         np.testing.assert_array_equal(got[name], x)
 
 
+@pytest.mark.cuda_build
 def test_both_platforms_hold_the_call():
     text = exported(DENSE).mlir_module()
     assert text.count(f"@{TARGET}") == 1
     assert "stablehlo.exponential" not in text  # of the jnp form
 
 
+@pytest.mark.cuda_build
 def test_fallback_is_exported_for_its_platform_alone():
     odd = Case(B=4, K=96)
     with pytest.warns(UserWarning, match="got K = 96"):
@@ -103,6 +106,7 @@ def test_fallback_is_exported_for_its_platform_alone():
     assert "stablehlo.exponential" in text
 
 
+@pytest.mark.cuda_build
 def test_export_of_mapped_and_differentiated_programs():
     def mapped(state, rest):
         names = ("A_log", "dt_bias")

@@ -20,9 +20,14 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, host_arrays, label, mesh_of, specs_of, split, step
 from test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
+from test_pools import BRANCHES, branching
+from test_slices import KEEP, inputs_of, name_of
+from test_slices import PROGRAMS as OF_SLICES
 
 import jax_gdn
 from jax_gdn import _registration
+
+pytestmark = pytest.mark.cuda_build
 
 OUT_BYTES = 4 * 4 * 128 * 2
 DESCRIPTION = Path(__file__).parent / "h100.txtpb"
@@ -141,6 +146,47 @@ def test_xla_form_for_the_record(h100, record_property):
     print(f"XLA form on an H100: {len(kernels)} kernels, {passes} passes over a state")
     assert len(kernels) > 1
     assert passes > 2
+
+
+@pytest.mark.parametrize("program", OF_SLICES, ids=name_of)
+def test_slices_compile_into_the_call(h100, program):
+    """From jax 0.11 on XLA fuses them with it, and no longer keeps its alias.
+
+    What runs then gives the same bits: `test_slices`, which on a GPU must see such
+    fusions.
+    """
+    case = Case()
+    arrays, stack = inputs_of(case)
+    arrays, stack = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100),
+        (arrays, stack),
+    )
+    call = jax.jit(
+        lambda stack, arrays: program(case, arrays, stack),
+        donate_argnums=() if program in KEEP else (0,),
+    )
+    text = call.lower(stack, arrays).compile().as_text()
+    in_batches = name_of(program) == "mapped_in_batches"  # the last has others
+    assert calls(text) == state_aliases(text) == (2 if in_batches else 1)
+    fused = re.search(r"^%dynamic-slice-fusion.*?^}", text, re.M | re.S)
+    newer = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+    assert (fused is not None) == newer
+    assert fused is None or calls(fused[0]) == 1
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_that_passes_a_pool_through_is_free(h100, name):
+    pool, rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100),
+        branching(name)[1:],
+    )
+    program = jax.jit(branching(name)[0], donate_argnums=0)
+    compiled = program.lower(pool, rest).compile()
+    text = compiled.as_text()
+    assert calls(text) == state_aliases(text) == 1
+    assert copies(text, pool.shape) == 0
+    size = math.prod(pool.shape) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < size
 
 
 def test_odd_sizes_fall_back(h100):

@@ -22,7 +22,10 @@ def lower(platform: str, case: Case = Case(), **settings) -> str:
     return call.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+CUDA_BUILD = pytest.mark.cuda_build
+
+
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=CUDA_BUILD)])
 @pytest.mark.parametrize("implementation", [None, "native"])
 def test_native_platforms(platform, implementation):
     assert f"@{TARGET}" in lower(platform, implementation=implementation)
@@ -42,12 +45,18 @@ def test_host_takes_any_size():
     [
         ("tpu", Case(), "there is no native kernel for tpu"),
         ("rocm", Case(), "there is no native kernel for rocm"),
-        ("cuda", ODD, "the CUDA kernel takes K of 64, 128, 192 or 256; got K = 96"),
-        ("cuda", Case(V=40), "the CUDA kernel takes V in multiples of 16; got V = 40"),
-        (
-            "cuda",
-            Case(B=65536, H=1, HV=1, K=64, V=1),
-            "the CUDA kernel takes V in multiples of 16; got V = 1",
+        *(
+            pytest.param(
+                "cuda", case, f"the CUDA kernel takes {what}", marks=CUDA_BUILD
+            )
+            for case, what in [
+                (ODD, "K of 64, 128, 192 or 256; got K = 96"),
+                (Case(V=40), "V in multiples of 16; got V = 40"),
+                (
+                    Case(B=65536, H=1, HV=1, K=64, V=1),
+                    "V in multiples of 16; got V = 1",
+                ),
+            ]
         ),
     ],
 )
@@ -61,6 +70,7 @@ def test_fallback_names_its_reason(platform, case, reason):
     assert 'implementation="xla"' in str(error.value)
 
 
+@CUDA_BUILD
 def test_grid_limit():
     reason = _registration.cuda.why_unsupported(65536, 1, 64, 64)
     assert reason == "the CUDA kernel takes B and HV up to 65535; got B = 65536, HV = 1"

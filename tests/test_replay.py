@@ -51,6 +51,7 @@ def replay(monkeypatch):
     return importlib.import_module("replay")
 
 
+@pytest.mark.cuda_build
 def test_graphs_hold_calls_over_all_states_in_turn(replay, monkeypatch):
     from jax_gdn import _cuda
 
