@@ -30,18 +30,6 @@ int64_t CpusOf(double quota, double period, int64_t all) {
   return std::min(all, static_cast<int64_t>(std::ceil(quota / period)));
 }
 
-// The quota of the control group, version 2 or 1, that a container sees as its own.
-int64_t CpusOfContainer(int64_t all) {
-  double quota = 0, period = 0;
-  // "max", where there is no quota, is no number.
-  std::ifstream("/sys/fs/cgroup/cpu.max") >> quota >> period;
-  all = CpusOf(quota, period, all);
-  quota = period = 0;
-  std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
-  std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
-  return CpusOf(quota, period, all);
-}
-
 // The states of one call, in parts that threads take as they come. A thread that gets
 // one wakes others, while what is left is worth it: where CPUs are fewer than threads,
 // those that run have done the work before the rest is woken.
@@ -92,26 +80,32 @@ class Job : public std::enable_shared_from_this<Job> {
 
 }  // namespace
 
-int64_t UsableCpus() {
-  static const int64_t cpus = [] {
-    int64_t all = std::thread::hardware_concurrency();
+int64_t UsableCpus(const std::string& group) {
+  int64_t cpus = std::max<int64_t>(std::thread::hardware_concurrency(), 1);
 #ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) all = CPU_COUNT(&set);
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
 #endif
-    return CpusOfContainer(std::max<int64_t>(all, 1));
-  }();
-  return cpus;
+  double quota = 0, period = 0;
+  // Version 2 of control groups; "max", where there is no quota, is no number.
+  std::ifstream(group + "/cpu.max") >> quota >> period;
+  cpus = CpusOf(quota, period, cpus);
+  quota = period = 0;
+  // Version 1; -1, where there is none.
+  std::ifstream(group + "/cpu/cpu.cfs_quota_us") >> quota;
+  std::ifstream(group + "/cpu/cpu.cfs_period_us") >> period;
+  return CpusOf(quota, period, cpus);
 }
 
 void DecodeOnThreads(const DecodeParams& params, int64_t pool_threads,
                      const Schedule& schedule) {
+  static const int64_t cpus = UsableCpus();
   const int64_t states = params.B * params.HV;
   const int64_t bytes =
       states * params.K * params.V * (params.state.dtype == DType::kFloat32 ? 4 : 2);
   const int64_t threads =
       std::clamp<int64_t>(std::min(bytes / kMinBytesPerThread, states), 1,
-                          std::max<int64_t>(1, std::min(pool_threads, UsableCpus())));
+                          std::max<int64_t>(1, std::min(pool_threads, cpus)));
   if (threads == 1) return DecodeStates(params, 0, states);
   const int64_t parts = std::min(states, threads * kPartsPerThread);
   const auto job =

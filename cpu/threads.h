@@ -4,14 +4,15 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #include "ffi/decode_params.h"
 
 namespace jax_gdn {
 
-// CPUs that this process may use: those it may run on, or fewer where a container's
-// quota says so. At least 1.
-int64_t UsableCpus();
+// CPUs that this process may use: those it may run on, or fewer where the quota of its
+// control group, as a container sees it under `group`, says so. At least 1.
+int64_t UsableCpus(const std::string& group = "/sys/fs/cgroup");
 
 // Hands a task to a pool.
 using Schedule = std::function<void(std::function<void()>)>;

@@ -1,5 +1,6 @@
 // The `_cpu` module: the FFI handler of the host kernel.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 
 #include <cstring>
 #include <functional>
@@ -59,6 +60,8 @@ NB_MODULE(_cpu, m) {
       throw nb::value_error(message.c_str());
     }
   });
+  // `group`: where the control group's files are.
+  m.def("usable_cpus", &UsableCpus, nb::arg("group") = "/sys/fs/cgroup");
   m.def("handlers", [] {
     nb::dict stages, handlers;
     stages["execute"] = Capsule(kExecute);

@@ -88,7 +88,8 @@ def _info(_: argparse.Namespace) -> int:
         "target": _registration.DECODE_TARGET,
         "host module": _module_text(
             _registration.cpu,
-            f"instruction set {_registration.cpu.instruction_set()}",
+            f"instruction set {_registration.cpu.instruction_set()}, "
+            f"at most {_registration.cpu.usable_cpus()} threads",
         ),
         "CUDA module": "not in this build",
     }

@@ -93,6 +93,8 @@ class Client:
         self.handler = Function(get(handler, None))
         self.threads = threads
         self.tasks: list[tuple[Any, int]] = []
+        self.scheduled = 0
+        self.at_once = False  # tasks run when they are scheduled, not when asked for
         self.message = ""
         known = {
             "Error_Create": self._error_create,
@@ -118,6 +120,9 @@ class Client:
     def _schedule(self, pointer):
         args = ScheduleArgs.from_address(pointer)
         self.tasks.append((Task(args.task), args.data))
+        self.scheduled += 1
+        if self.at_once:
+            self.run_tasks()
 
     def _num_threads(self, pointer):
         ThreadsArgs.from_address(pointer).count[0] = self.threads

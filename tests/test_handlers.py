@@ -1,5 +1,6 @@
 """The registered handlers, called by clients that are wrong or that no alias binds."""
 
+import os
 from collections import Counter
 
 import jax
@@ -78,6 +79,35 @@ def test_pool_of_its_own_buffer_is_copied_where_no_row_is():
         *arrays.values()
     )
     np.testing.assert_array_equal(np.asarray(new_state), case.inputs()["state"])
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("case", [FORMS[2], FORMS[11]], ids=lambda case: case.id)
+def test_alignment(module, case):
+    """Small operands may lie at any multiple of their elements, vectors of 16 bytes."""
+    names = [n for n in (*REQUIRED, *OPTIONAL) if n in case.inputs() | case.slots]
+    for name in names:
+        operands, results, attributes = call_of(case)
+        at = names.index(name)
+        x = operands[at]
+        room = np.zeros(x.nbytes + 64, np.uint8)
+        first = -room.ctypes.data % 64 + x.dtype.itemsize
+        room[first : first + x.nbytes] = x.reshape(-1).view(np.uint8)
+        given = list(map(Array, operands))
+        given[at] = Array(room.ctypes.data + first, x.dtype, x.shape)
+        vector = name in ("q", "k", "v", "state")
+        if module == "_cuda" and not vector:
+            continue  # would be launched; what tells them apart is the same
+        message = client_of(module).call(given, list(map(Array, results)), attributes)
+        if vector:
+            assert (
+                message == f"jax_gdn.decode: {name} must lie at a multiple of 16 bytes"
+            )
+            continue
+        assert message is None
+        out, state = decode64(**case.inputs(), **case.slots, state_layout=case.layout)
+        assert_close(results[0], out, OUT_TOLERANCE, "out")
+        assert_close(results[1], state, STATE_TOLERANCE, "state")
 
 
 # Where a result begins, in bytes behind the beginning of what it must not overlap.
@@ -205,6 +235,39 @@ def test_no_wrong_program_goes_unnoticed_or_crashes():
         assert any(name in message for name in NAMED), message
         assert again == message
     assert outcomes["refused"] > 8_000, outcomes
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "20000 100000"}, 1),  # a fifth of one
+        ({"cpu.max": "9900000 100000"}, None),  # more than there are
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu.max": ""}, None),
+    ],
+)
+def test_a_quota_is_fewer_cpus(files, cpus, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    everything = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        everything = len(os.sched_getaffinity(0))
+    assert _registration.cpu.usable_cpus(str(tmp_path)) == (cpus or everything)
+
+
+def test_no_more_threads_than_cpus():
+    """However wide the pool is, and however soon its threads start."""
+    operands, results, attributes = call_of(Case(B=4, H=8, HV=16))
+    client = client_of("_cpu", threads=256)
+    client.at_once = True
+    given, to = list(map(Array, operands)), list(map(Array, results))
+    assert client.call(given, to, attributes) is None
+    assert client.scheduled <= _registration.cpu.usable_cpus() - 1
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64, 256])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import Case
+from test_extremes import CASES, DECAY_TOLERANCE, extreme_gates
 
 from ptx import floats, launch
 
@@ -32,6 +33,17 @@ def test_decay_is_exact_to_rounding(layout, T):
     allowed = T * (3.5 * softplus + 2.5) * ULP * decay
     error = np.abs(result.arrays["state"] - decay)
     assert (error <= allowed).all(), (error / decay).max() / ULP
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_gates_of_any_size(case):
+    """Of finite ones none gives NaN, and the decay is the limit of the formula."""
+    given, decay = extreme_gates(case)
+    result = launch.decode(given, **case.settings, out_dtype=case.out_dtype)
+    assert np.isfinite(result.arrays["out"].astype(np.float32)).all()
+    error = np.abs(result.arrays["state"] - decay)
+    assert error.max() <= DECAY_TOLERANCE
 
 
 def test_the_polynomial_is_within_an_ulp():
