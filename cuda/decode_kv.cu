@@ -35,29 +35,17 @@
 namespace jax_gdn {
 namespace {
 
-// Where a slot's state has the thread's first row and column, in bytes.
+// The thread's first row and column of a slot's state, in the states or the new ones.
 template <typename T>
-__device__ __forceinline__ int64_t FirstByte(const DecodeParams& p, const Place& at,
-                                             int32_t slot, const Thread<T>& thread) {
+__device__ __forceinline__ typename T::Access* FirstRow(const void* states,
+                                                        const DecodeParams& p,
+                                                        const Place& at, int32_t slot,
+                                                        const Thread<T>& thread) {
   const int64_t row = HeadOfSlot(p, slot, at.hv) * T::K + thread.Quad(0, 0);
   const int64_t element = row * ValueChannels<T>(p) + at.first_column + thread.column;
-  return element * kStateBytes<T::kState>;
-}
-
-template <typename T>
-__device__ __forceinline__ const typename T::Access* RowsToRead(
-    const DecodeParams& p, const Place& at, int32_t slot, const Thread<T>& thread) {
-  return reinterpret_cast<const typename T::Access*>(
-      static_cast<const char*>(p.state.data) + FirstByte<T>(p, at, slot, thread));
-}
-
-template <typename T>
-__device__ __forceinline__ typename T::Access* RowsToWrite(const DecodeParams& p,
-                                                           const Place& at,
-                                                           int32_t slot,
-                                                           const Thread<T>& thread) {
-  return reinterpret_cast<typename T::Access*>(static_cast<char*>(p.new_state) +
-                                               FirstByte<T>(p, at, slot, thread));
+  return reinterpret_cast<typename T::Access*>(
+      const_cast<char*>(static_cast<const char*>(states)) +
+      element * kStateBytes<T::kState>);
 }
 
 // Over a thread's rows: of a class in order, then its two classes together; then over
@@ -143,7 +131,8 @@ __device__ __forceinline__ void Finish(const DecodeParams& p, const Place& at,
   state.ForgetUnpacked();
   UpdateRows<T>(entries, gates.decay, u.x, state);
   if (CheckSlot(p, wanted) == kNoSlot) return;
-  StoreRows<T>(RowsToWrite<T>(p, at, wanted, thread), T::K / T::kColumns, state);
+  StoreRows<T>(FirstRow<T>(p.new_state, p, at, wanted, thread), T::K / T::kColumns,
+               state);
 }
 
 // One token. The first warp stages q and k, and makes the gates while the others sum.
@@ -154,7 +143,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   __shared__ SharedSums<T> shared;
   // The state's loads before all else.
   typename T::Access bits[T::kRows];
-  LoadRows<T>(RowsToRead<T>(p, at, read, thread), T::K / T::kColumns, bits);
+  LoadRows<T>(FirstRow<T>(p.state.data, p, at, read, thread), T::K / T::kColumns, bits);
   __syncwarp();  // The compiler moves no access across.
   const RawV<T> raw_v = LoadV<T>(p, at, thread.column);
   __syncwarp();
@@ -205,7 +194,7 @@ __device__ __forceinline__ void DecodeStepApart(const DecodeParams& p, const Pla
                                                 const Gates& shared_gates) {
   __shared__ SharedSums<T> shared;
   typename T::Access bits[T::kRows];
-  LoadRows<T>(RowsToRead<T>(p, at, read, thread), T::K / T::kColumns, bits);
+  LoadRows<T>(FirstRow<T>(p.state.data, p, at, read, thread), T::K / T::kColumns, bits);
   // The compiler moves no access across any of these.
   __syncwarp();
   // What is needed last is loaded last, 0.05 us a call at B = 1; but ptxas would put it
@@ -235,7 +224,7 @@ template <typename T>
 __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place& at,
                                              const Thread<T>& thread, int32_t read) {
   typename T::Access bits[T::kRows];
-  LoadRows<T>(RowsToRead<T>(p, at, read, thread), p.V / T::kColumns, bits);
+  LoadRows<T>(FirstRow<T>(p.state.data, p, at, read, thread), p.V / T::kColumns, bits);
   __syncwarp();  // The compiler moves no access across.
   __shared__ HeadInputs<T::K, false> inputs[T::kTokens];
   __shared__ Columns<T::VT> v[T::kTokens];
@@ -284,7 +273,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
       if ((p.snapshots || t + 1 == p.T) && CheckSlot(p, wanted) != kNoSlot) {
         // Why: kept since the loads, the rows' addresses would cost 2 registers each.
         const int64_t stride = Recompute(p.V / T::kColumns);
-        StoreRows<T>(RowsToWrite<T>(p, at, wanted, thread), stride, state);
+        StoreRows<T>(FirstRow<T>(p.new_state, p, at, wanted, thread), stride, state);
       }
     }
   }

@@ -28,30 +28,19 @@
 namespace jax_gdn {
 namespace {
 
-// Where a slot's state has the lane's first values, in accesses.
+// Where a slot's state, in the states or the new ones, has the lane's first values.
 template <typename T>
-__device__ __forceinline__ int64_t FirstAccess(const DecodeParams& p, int32_t slot,
-                                               unsigned hv, int row, int lane) {
+__device__ __forceinline__ uint4* FirstAccess(const void* states, const DecodeParams& p,
+                                              int32_t slot, unsigned hv, int row,
+                                              int lane) {
+  auto* const data = const_cast<uint4*>(static_cast<const uint4*>(states));
   const int64_t head = HeadOfSlot(p, slot, hv);
   if constexpr (T::kStep) {  // a state's size is known
     const unsigned within = row * T::kAccesses + lane % T::kLanes;
-    return head * (T::K * T::kAccesses) + within;
+    return data + head * (T::K * T::kAccesses) + within;
   } else {
-    return (head * p.V + row) * T::kAccesses + lane % T::kLanes;
+    return data + (head * p.V + row) * T::kAccesses + lane % T::kLanes;
   }
-}
-
-template <typename T>
-__device__ __forceinline__ const uint4* RowsToRead(const DecodeParams& p, int32_t slot,
-                                                   unsigned hv, int row, int lane) {
-  return reinterpret_cast<const uint4*>(p.state.data) +
-         FirstAccess<T>(p, slot, hv, row, lane);
-}
-
-template <typename T>
-__device__ __forceinline__ uint4* RowsToWrite(const DecodeParams& p, int32_t slot,
-                                              unsigned hv, int row, int lane) {
-  return reinterpret_cast<uint4*>(p.new_state) + FirstAccess<T>(p, slot, hv, row, lane);
 }
 
 // A lane's place in the operands.
@@ -130,7 +119,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   const int row = at.first_row + at.lane / T::kLanes;
   // All loads before the first is looked at.
   OwnRows<T> rows;
-  rows.LoadFrom(RowsToRead<T>(p, read, at.hv, row, at.lane));
+  rows.LoadFrom(FirstAccess<T>(p.state.data, p, read, at.hv, row, at.lane));
   const int64_t own = int64_t{head} * T::K + at.first_row + OwnRow<T>(at.lane);
   const Raw<1> raw_v = LoadRaw<1, true>(p.v, own);
   const RawKeys<T> raw = LoadKeys<T>(p, at.n * p.H + KeyHead(p, at.hv), at.lane);
@@ -144,7 +133,7 @@ __device__ __forceinline__ void DecodeStep(const DecodeParams& p, const Place& a
   const OwnSums sums = SumToken<T>(q, k, s, at.lane);
   UpdateToken<T>(p, head, at, k, Widen(raw_v, DType::kBFloat16), shared_gates, sums, s);
   if (CheckSlot(p, wanted) == kNoSlot) return;
-  rows.Store(s, RowsToWrite<T>(p, wanted, at.hv, row, at.lane));
+  rows.Store(s, FirstAccess<T>(p.new_state, p, wanted, at.hv, row, at.lane));
 }
 
 // What one token brings to a block.
@@ -200,7 +189,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
   float s[T::kRows][T::kOwn];
   {
     OwnRows<T> rows;
-    rows.LoadFrom(RowsToRead<T>(p, read, at.hv, row, at.lane));
+    rows.LoadFrom(FirstAccess<T>(p.state.data, p, read, at.hv, row, at.lane));
     stage(0);
     rows.Unpack(s);  // ahead of the loop, which would otherwise keep the bits too
   }
@@ -232,7 +221,7 @@ __device__ __forceinline__ void DecodeTokens(const DecodeParams& p, const Place&
                      staged.gates, sums, s);
       if (!p.snapshots && t + 1 < p.T) continue;
       if (CheckSlot(p, wanted) == kNoSlot) continue;
-      OwnRows<T>::Store(s, RowsToWrite<T>(p, wanted, at.hv, row, at.lane));
+      OwnRows<T>::Store(s, FirstAccess<T>(p.new_state, p, wanted, at.hv, row, at.lane));
     }
   }
 }
