@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/lanes.h"
@@ -38,12 +39,16 @@ float Softplus(float x) {
   return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x)));
 }
 
-// exp(g), in [0, 1], for x = a + dt_bias: for finite inputs never NaN, see kMaxALog.
+// exp(g), in [0, 1], for x = a + dt_bias: for finite inputs never NaN. XLA's threads
+// treat subnormals as zero: where exp(A_log), or a softplus(x) that it makes count, may
+// be one, or infinite, it is exp(A_log + log softplus(x)), and below -17 log
+// softplus(x) is x.
 float Decay(float A_log, float x) {
-  const bool special = A_log > kMaxALog || x > kMaxFloat;
-  const float log_softplus = x > kLogMaxFloat ? kLogMaxFloat : x;  // NaN stays
-  const float log_rate = special ? A_log + log_softplus : A_log;
-  return std::exp(-std::exp(log_rate) * Softplus(special ? kUnitSoftplus : x));
+  const float softplus = Softplus(x);
+  if (std::abs(A_log) <= 60.0f) return std::exp(-std::exp(A_log) * softplus);
+  const float log_softplus =
+      x < -17.0f ? x : std::log(std::min(softplus, std::numeric_limits<float>::max()));
+  return std::exp(-std::exp(A_log + log_softplus));
 }
 
 // One entry, by the scalar code that serves every instruction set.

@@ -43,6 +43,14 @@ __device__ __forceinline__ float Softplus(float x) {
   return fmaxf(x, 0.0f) + Log1pOfFraction(expf(-fabsf(x)));
 }
 
+// Above this A_log, exp(A_log) may be infinite where softplus(x) is as good as 0, and
+// above kMaxFloat softplus(x) is infinite where exp(A_log) may be 0. What is computed
+// then is exp(A_log + x) times softplus(kUnitSoftplus), which is 1; x, which
+// softplus(x) is the exp of below -17, being at most the logarithm of kMaxFloat.
+constexpr float kMaxALog = 88.0f;
+constexpr float kMaxFloat = 3.4028235e38f, kLogMaxFloat = 88.722839f;
+constexpr float kUnitSoftplus = 0.54132485f;
+
 // exp(g), in [0, 1], for x = a + dt_bias: for finite inputs never NaN, see kMaxALog.
 // Without a branch, so Softplus of a value that is picked, not a picked value of it.
 __device__ __forceinline__ float Decay(float A_log, float x) {

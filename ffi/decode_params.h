@@ -56,14 +56,6 @@ struct DecodeParams {
 
 inline constexpr float kNormEpsilon = 1e-6f;
 
-// Above this A_log, exp(A_log) may be infinite where softplus(x) is as good as 0, and
-// above kMaxFloat softplus(x) is infinite where exp(A_log) may be 0. What is computed
-// then is exp(A_log + x) times softplus(kUnitSoftplus), which is 1; x, which
-// softplus(x) is the exp of below -17, being at most the logarithm of kMaxFloat.
-inline constexpr float kMaxALog = 88.0f;
-inline constexpr float kMaxFloat = 3.4028235e38f, kLogMaxFloat = 88.722839f;
-inline constexpr float kUnitSoftplus = 0.54132485f;
-
 }  // namespace jax_gdn
 
 #endif  // JAX_GDN_FFI_DECODE_PARAMS_H_

@@ -60,7 +60,8 @@ class Checker {
              bool may_be_same = false) {
     const auto first = reinterpret_cast<uintptr_t>(x.data);
     const auto second = reinterpret_cast<uintptr_t>(y.data);
-    const bool apart = first + Bytes(x) <= second || second + Bytes(y) <= first;
+    const bool apart = Bytes(x) == 0 || Bytes(y) == 0 || first + Bytes(x) <= second ||
+                       second + Bytes(y) <= first;
     Require(apart || (may_be_same && first == second),
             [&] { return std::string(written) + " must not overlap " + other; });
   }
@@ -119,6 +120,8 @@ std::string Check(const DecodeOperands& x) {
   const int64_t HV = x.v.sizes[2], V = x.v.sizes[3];
   const int64_t N = x.state_indices ? x.state.sizes[0] : B;
   constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
+  check.Require(B >= 0 && N >= 0,
+                [] { return "q and state must have no axis below 0"; });
   check.Require(T > 0 && K > 0, [] { return "q must have T and K of at least 1"; });
   check.Require(HV > 0 && V > 0, [] { return "v must have HV and V of at least 1"; });
   check.Require(H > 0 && HV % H == 0,
@@ -144,6 +147,11 @@ std::string Check(const DecodeOperands& x) {
   }
   check.Array("b", x.b, C::kFloats, {B, T, HV});
   check.Array("out", x.out, C::kVectors, {B, T, HV, V});
+  if (x.output) {
+    check.Array("output", *x.output, C::kFloats, {B, T, HV, V});
+    check.Require(x.output->dtype == x.out.dtype,
+                  [] { return "output must have out's dtype"; });
+  }
   if (x.state_indices) {
     check.Array("state_indices", *x.state_indices, C::kIndices, {B});
   }

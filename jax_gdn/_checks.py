@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
 
-from jax_gdn._slots import to_int32
+from jax_gdn._reference import FLOAT32_MAX
 
 _FLOAT32 = ("float32",)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -56,15 +56,31 @@ def _shape_text(axes: list[str], sizes: Mapping[str, int]) -> str:
 def as_array(name: str, x: Any) -> Array:
     """Returns an argument as a JAX array if jnp would: NumPy's, and `__jax_array__`."""
     if hasattr(x, "__jax_array__"):
-        return jnp.asarray(x)
+        x = x.__jax_array__()
+    if isinstance(x, Array):
+        return x
     if isinstance(x, np.ndarray | np.generic):
-        return jnp.asarray(to_int32(name, np.asarray(x)) if name in SLOTS else x)
+        return jnp.asarray(_to_int32(name, np.asarray(x)) if name in SLOTS else x)
     hint = f" Pass np.array({name})." if name in SLOTS and x is not None else ""
     axes = _ARGUMENTS[name][0][0].split()
     raise TypeError(
         f"jax_gdn.decode: `{name}` must be an array [{', '.join(axes)}]; "
         f"got {type(x).__name__}.{hint}"
     )
+
+
+def _to_int32(name: str, slots: np.ndarray) -> np.ndarray:
+    """Returns whole numbers of NumPy as int32, which JAX makes by wrapping around."""
+    if slots.dtype.kind not in "iu":
+        return slots
+    int32 = np.iinfo(np.int32)
+    beyond = slots[(slots < int32.min) | (slots > int32.max)]
+    if beyond.size:
+        raise ValueError(
+            f"jax_gdn.decode: `{name}` must hold slots that fit into int32; got "
+            f"{beyond.flat[0]}."
+        )
+    return slots.astype(np.int32)
 
 
 def check_arrays(arrays: Mapping[str, Array], state_layout: str) -> None:
@@ -74,10 +90,12 @@ def check_arrays(arrays: Mapping[str, Array], state_layout: str) -> None:
     for name, x in arrays.items():
         axes = axes_of(name, arrays, state_layout)
         wrong = len(x.shape) != len(axes)
-        origins = []
-        for axis, size in zip(axes, x.shape, strict=False):
-            if not wrong and sizes.get(axis, size) != size:
-                origins.append(f"{axis} = {sizes[axis]} from `{sources[axis]}`")
+        # Of the axes that disagree; where their number does, of all that are known.
+        origins = [
+            f"{axis} = {sizes[axis]} from `{sources[axis]}`"
+            for axis, size in zip(axes, axes if wrong else x.shape, strict=True)
+            if sizes.get(axis, size) != size
+        ]
         if wrong or origins:
             raise ValueError(
                 f"jax_gdn.decode: `{name}` must have shape "
@@ -103,11 +121,8 @@ def check_arrays(arrays: Mapping[str, Array], state_layout: str) -> None:
 
 
 def _pool_hint(name: str, axes: list[str], shape: Any, sizes: Mapping[str, int]) -> str:
-    """Says what a pool needs where only the number of states is wrong."""
-    if name != "state" or axes[0] != "B" or len(shape) != len(axes):
-        return ""
-    pairs = list(zip(axes, shape, strict=True))[1:]
-    if any(sizes.get(axis, size) != size for axis, size in pairs):
+    """Says what a pool needs where the number of states is not that of rows."""
+    if name != "state" or axes[0] != "B" or len(shape) != 4 or shape[0] == sizes["B"]:
         return ""
     return " A pool of slots, [N, ...], needs `state_indices`, the slot of each row."
 
@@ -138,6 +153,13 @@ def _check_sizes(name: str, axes: list[str], sizes: Mapping[str, int]) -> None:
         )
 
 
+def _fits_float32(number: numbers.Real) -> bool:
+    try:
+        return not abs(float(number)) > FLOAT32_MAX
+    except OverflowError:  # of a whole number
+        return False
+
+
 def check_settings(
     scale: object, use_qk_l2norm: object, state_layout: object, implementation: object
 ) -> None:
@@ -147,7 +169,11 @@ def check_settings(
             "jax_gdn.decode: `scale` must be a Python number or None; "
             f"got {type(scale).__name__}."
         )
-    if not isinstance(use_qk_l2norm, bool):
+    if scale is not None and not _fits_float32(scale):
+        raise ValueError(
+            f"jax_gdn.decode: `scale` must fit into float32; got {scale!r:.20}."
+        )
+    if not isinstance(use_qk_l2norm, bool | np.bool_):
         raise TypeError(
             "jax_gdn.decode: `use_qk_l2norm` must be a bool; "
             f"got {type(use_qk_l2norm).__name__}."

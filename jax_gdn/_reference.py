@@ -99,11 +99,12 @@ def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
 def decay_rate(A_log, x):
     """exp(A_log) * softplus(x), at most 128, where exp(-128) is 0 as exp(-inf) is.
 
-    Finite for all finite inputs, with its derivatives of either mode: an A_log whose
-    exp, times a cotangent, may overflow or vanish is added to log softplus(x), which is
-    x, to rounding, up to x = -17. What a `where` does not take is finite, too.
+    Finite for all finite inputs, with its derivatives of either mode for cotangents up
+    to 1e29: an A_log whose exp, times one, may overflow or vanish is added to
+    log softplus(x), which is x, to rounding, up to x = -17. What a `where` does not
+    take is finite, too.
     """
-    extreme = jnp.abs(A_log) > 60
+    extreme = jnp.abs(A_log) > 20
     softplus = jax.nn.softplus(x)
     softplus = jnp.where(softplus > FLOAT32_MAX, FLOAT32_MAX, softplus)
     tiny = x < -17

@@ -95,11 +95,21 @@ def test_where_an_expected_size_came_from():
     match = r"`b` .*; got \[1, 1, 5\] \(B = 2 from `q`, HV = 4 from `v`\)\."
     raises(ValueError, match, b=b)
 
+    match = r"`dt_bias` .*; got \[4\] \(HV = 4 from `v`, K = 64 from `q`\)\."
+    raises(ValueError, match, a=jnp.zeros((2, 1, 4, 64)))
+
+
+@pytest.mark.parametrize("scale", [10**400, 1e39, -1e300])
+def test_scale_is_too_large(scale):
+    raises(ValueError, "`scale` must fit into float32; got ", scale=scale)
+
 
 def test_pool_without_its_slots():
     pool = jnp.zeros((7, 4, 64, 32))
     match = r"`state` .* \(B = 2 from `q`\)\. A pool .* needs `state_indices`"
     raises(ValueError, match, state=pool)
+    match = r"`state` .* \(B = 2 from `q`, V = 32 from `v`\)\. A pool .*`state_indices`"
+    raises(ValueError, match, state=pool[..., :6])
 
 
 def test_no_token():

@@ -90,7 +90,12 @@ class Variable:
         return jnp.asarray(self._value)
 
 
-@pytest.mark.parametrize("wrap", [np.asarray, Variable])
+class OfNumpy(Variable):
+    def __jax_array__(self):
+        return self._value
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, Variable, OfNumpy])
 @pytest.mark.parametrize("without_jit", [False, True])
 def test_arrays_that_are_not_jax_arrays(wrap, without_jit):
     arrays = CASE.inputs() | CASE.slots
@@ -117,9 +122,10 @@ def test_whole_numbers_of_numpy_are_slots(dtype, x64):
         given = {
             n: x.astype(dtype) if n in CASE.slots else x for n, x in arrays.items()
         }
-        results = jax_gdn.decode(**given)
-    for x, y in zip(results, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        wrapped = {n: OfNumpy(x) if n in CASE.slots else x for n, x in given.items()}
+        for results in (jax_gdn.decode(**given), jax_gdn.decode(**wrapped)):
+            for x, y in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_wide_slots_of_jax_say_how_to_cast():

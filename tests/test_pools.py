@@ -213,6 +213,25 @@ def test_rows_in_each_others_way_are_named(reads, writes, message):
     assert error.get().startswith(f"jax_gdn.check_slots: {message}")
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([np.array([0, 2**32])], ValueError, "`state_indices` .* fit into int32"),
+        ([np.zeros(2)], TypeError, "`state_indices` must be int32; got float32"),
+        ([np.zeros((2, 1), int)], ValueError, r"`state_indices` .*\[B\]; got \[2, 1\]"),
+        ([np.array(0)], ValueError, r"`state_indices` .*\[B\]; got \[\]"),
+        (
+            [np.zeros(2, int), np.zeros(4, int)],
+            ValueError,
+            r"`output_state_indices` .*\[B\] = \[2\] or \[B, T\] = \[2, T\]; got \[4\]",
+        ),
+    ],
+)
+def test_what_is_checked_are_slots(given, error, message):
+    with pytest.raises(error, match=message):
+        jax_gdn.check_slots(*given, num_slots=N)
+
+
 @pytest.mark.parametrize(("reads", "writes"), APART)
 def test_rows_apart_pass(reads, writes):
     given = [np.array(x, np.int32) for x in (reads, writes) if x is not None]
