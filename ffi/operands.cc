@@ -229,7 +229,9 @@ std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operand
 }
 
 size_t BytesToCopy(const DecodeParams& p) {
-  if (p.read_slots == nullptr || p.state.data == p.new_state) return 0;
+  // Slots of no row may have no address, but only a pool has other than B states.
+  const bool pool = p.read_slots != nullptr || p.N != p.B;
+  if (!pool || p.state.data == p.new_state) return 0;
   const size_t entry = p.state.dtype == DType::kFloat32 ? 4 : 2;
   return entry * p.N * p.HV * p.K * p.V;
 }
