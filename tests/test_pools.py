@@ -136,9 +136,9 @@ def test_donated_pool_is_aliased_whole(program, writes):
 
 
 # What is free in every version, on the host and on a GPU. On jax 0.10 XLA copies the
-# whole pool where `switch` passes it through last or has more branches, and where `cond`
-# passes it through first on the host, or last on a GPU; a barrier around what passes
-# through does not help.
+# whole pool where `switch` passes it through last or has more branches, and where
+# `cond` passes it through first on the host, or last on a GPU; a barrier around what
+# passes through does not help.
 BRANCHES = {
     "switch": lambda busy, decode, pool: lax.switch(
         busy.astype(jnp.int32), [lambda x: x, decode], pool
