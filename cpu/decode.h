@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 

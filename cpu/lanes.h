@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 namespace {

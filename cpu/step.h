@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 

@@ -6,7 +6,7 @@
 #include <functional>
 #include <string>
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 

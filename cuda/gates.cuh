@@ -2,7 +2,7 @@
 #ifndef JAX_GDN_CUDA_GATES_CUH_
 #define JAX_GDN_CUDA_GATES_CUH_
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 
@@ -71,17 +71,6 @@ __device__ __forceinline__ unsigned KeyHead(const DecodeParams& p, unsigned hv) 
   return p.group_inverse == 0 ? hv : __umulhi(hv, p.group_inverse);
 }
 
-// What normalises q (and scales it) and k, from their sums of squares.
-struct Factors {
-  float q, k;
-};
-
-__device__ __forceinline__ Factors NormFactors(const DecodeParams& p, float qq,
-                                               float kk) {
-  const float q = p.scale * rsqrtf(qq + kNormEpsilon), k = rsqrtf(kk + kNormEpsilon);
-  return p.use_qk_l2norm ? Factors{q, k} : Factors{p.scale, 1.0f};
-}
-
 // What follows from a token's inputs. What normalises q and k is a factor on sums over
 // K, so that no row of the state waits for a norm.
 struct alignas(16) Gates {
@@ -95,9 +84,10 @@ struct alignas(16) Gates {
 
 __device__ __forceinline__ Gates MakeGates(const DecodeParams& p, float decay, float b,
                                            float qq, float kk, float qk) {
-  const Factors factor = NormFactors(p, qq, kk);
-  return {decay,    Beta(b),          qk * factor.q * factor.k,
-          factor.k, decay * factor.q, decay * factor.k};
+  const float q_norm = p.scale * rsqrtf(qq + kNormEpsilon);
+  const float q = p.use_qk_l2norm ? q_norm : p.scale;  // normalises and scales q
+  const float k = p.use_qk_l2norm ? rsqrtf(kk + kNormEpsilon) : 1.0f;
+  return {decay, Beta(b), qk * q * k, k, decay * q, decay * k};
 }
 
 }  // namespace jax_gdn

@@ -1,165 +1,240 @@
-// What a token brings to a head besides v, for blocks of states laid out [K, V].
+// What a token brings to a head (q, k, v and gates), for both layouts.
 #ifndef JAX_GDN_CUDA_HEAD_CUH_
 #define JAX_GDN_CUDA_HEAD_CUH_
 
 #include "cuda/gates.cuh"
-#include "cuda/vec.cuh"
+#include "cuda/state.cuh"
 
 namespace jax_gdn {
 
-// Where a block's head lies in the operands.
-struct Place {
-  unsigned n;  // sequence
-  unsigned hv;
-  int first_column;  // of v and out
+// What both layouts' tiles derive from a kernel's spec.
+template <KernelSpec kSpec_>
+struct SpecTraits {
+  static constexpr KernelSpec kSpec = kSpec_;
+  static constexpr DType kState = kSpec.state;
+  static constexpr int K = kSpec.K, VT = kSpec.VT;
+  static constexpr bool kSingle = kSpec.single_token;
+  static constexpr Caching kCaching = kSpec.caching;
+};
 
-  // Index of token t of the sequence among all; of a "step" kernel, whose T is 1,
-  // B HV < 2^32 keeps it and what follows from it in 32 bits.
-  template <bool kStep>
-  __device__ __forceinline__ auto Token(const DecodeParams& p, int64_t t) const {
-    if constexpr (kStep) {
+// A block's place in the operands, and indices that follow from it. In a single-token
+// kernel, B HV < 2^32 keeps them in 32 bits.
+template <typename T>
+struct BlockCoord {
+  const DecodeParams& p;
+  unsigned n = blockIdx.z;  // sequence
+  unsigned hv = blockIdx.y;
+  int first_v = blockIdx.x * T::VT;  // its first value channel
+
+  // Of token t among all.
+  __device__ __forceinline__ auto Token(int64_t t) const {
+    if constexpr (T::kSingle) {
       return n;
     } else {
       return n * p.T + t;
     }
   }
-
-  // Index of the first element of its q and k.
-  template <int K, bool kStep>
-  __device__ __forceinline__ int64_t KeyRow(const DecodeParams& p, int64_t t) const {
-    const auto key_head = Token<kStep>(p, t) * p.H + KeyHead(p, hv);
-    return int64_t{key_head} * K;
+  __device__ __forceinline__ auto Head(int64_t t) const { return Token(t) * p.HV + hv; }
+  // Of the first element of its q and k.
+  __device__ __forceinline__ int64_t Key(int64_t t) const {
+    return int64_t{Token(t) * p.H + KeyHead(p, hv)} * T::K;
+  }
+  // Of value channel v of the block, in v and `out`.
+  __device__ __forceinline__ int64_t Value(int64_t t, int v) const {
+    return Head(t) * (T::kSingle ? int64_t{T::K} : int64_t{p.V}) + first_v + v;
+  }
+  __device__ __forceinline__ bool PerChannel() const {
+    return T::kSingle ? T::kSpec.per_channel : p.per_channel;
   }
 };
 
-// What the gates are made of: the part that is known before anything is summed.
-struct GateInputs {
-  float qq, kk, qk;  // a lane's part of the sums of squares and of q.k
-  float A_log, decay_input, b;
+// The type of q, k or v.
+template <typename T>
+__device__ __forceinline__ DType TypeOf(const Input& x) {
+  return T::kSingle ? DType::kBFloat16 : x.dtype;
+}
+
+// A lane's part of a K-vector: kWidth neighbouring elements of each of kParts parts,
+// where kLanes lanes share a part.
+template <int kWidth_, int kLanes_, int kParts_>
+struct Slice {
+  static constexpr int kWidth = kWidth_, kLanes = kLanes_, kParts = kParts_;
+  static constexpr int kSize = kWidth * kParts;
+  static constexpr int kPiece = kWidth < 4 ? kWidth : 4;  // of an access
 };
 
-// A lane's part of what a token brings to its head, on its way. Pairs j of a K-vector
-// lie at elements 2 lane + 64 j.
-template <int K>
-struct RawHead {
-  Raw<2> q[K / 64], k[K / 64];
+template <typename S>
+struct VectorRegs {
+  Raw<S::kPiece> x[S::kSize / S::kPiece];
+};
+
+template <typename S>
+struct VectorFrag {
+  alignas(4 * (S::kSize < 4 ? S::kSize : 4)) float x[S::kSize];
+};
+
+template <typename S, bool kNarrow>
+__device__ __forceinline__ VectorRegs<S> LoadVector(const Input& input, int64_t first,
+                                                    int lane) {
+  VectorRegs<S> regs;
+  const int64_t own = first + S::kWidth * (lane % S::kLanes);
+#pragma unroll
+  for (int i = 0; i < S::kSize; i += S::kPiece) {
+    const int part = i / S::kWidth, within = i % S::kWidth;
+    regs.x[i / S::kPiece] =
+        LoadRaw<S::kPiece, kNarrow>(input, own + S::kWidth * S::kLanes * part + within);
+  }
+  return regs;
+}
+
+template <typename S>
+__device__ __forceinline__ VectorFrag<S> Widen(const VectorRegs<S>& regs, DType dtype) {
+  VectorFrag<S> frag;
+#pragma unroll
+  for (int i = 0; i < S::kSize; i += S::kPiece) {
+    reinterpret_cast<Floats<S::kPiece>&>(frag.x[i]) =
+        Widen(regs.x[i / S::kPiece], dtype);
+  }
+  return frag;
+}
+
+// Where in shared memory element i lies, a multiple of kPiece: the first piece of all
+// lanes, then the second, so that neighbouring lanes meet no bank twice.
+template <typename S>
+__device__ __forceinline__ int SmemOffset(int i) {
+  const int part = i / (S::kWidth * S::kLanes), lane = i / S::kWidth % S::kLanes;
+  return (part * S::kWidth + i % S::kWidth) * S::kLanes + S::kPiece * lane;
+}
+
+template <typename S, int K>
+__device__ __forceinline__ void PutVector(const VectorFrag<S>& from, float (&to)[K],
+                                          int lane) {
+  if (lane >= S::kLanes) return;
+#pragma unroll
+  for (int i = 0; i < S::kSize; i += S::kPiece) {
+    reinterpret_cast<Floats<S::kPiece>&>(to[i * S::kLanes + S::kPiece * lane]) =
+        reinterpret_cast<const Floats<S::kPiece>&>(from.x[i]);
+  }
+}
+
+template <typename S, int K>
+__device__ __forceinline__ VectorFrag<S> GetVector(const float (&from)[K], int lane) {
+  VectorFrag<S> to;
+#pragma unroll
+  for (int i = 0; i < S::kSize; i += S::kPiece) {
+    reinterpret_cast<Floats<S::kPiece>&>(to.x[i]) =
+        reinterpret_cast<const Floats<S::kPiece>&>(
+            from[i * S::kLanes + S::kPiece * (lane % S::kLanes)]);
+  }
+  return to;
+}
+
+template <typename S>
+__device__ __forceinline__ VectorFrag<S> operator+(const VectorFrag<S>& x,
+                                                   const VectorFrag<S>& y) {
+  VectorFrag<S> sum;
+#pragma unroll
+  for (int i = 0; i < S::kSize; ++i) sum.x[i] = x.x[i] + y.x[i];
+  return sum;
+}
+
+// A lane's part of a sum over K.
+template <typename S>
+__device__ __forceinline__ float DotFrag(const VectorFrag<S>& x, const float* y) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < S::kSize; ++i) sum = fmaf(x.x[i], y[i], sum);
+  return sum;
+}
+
+// All of a token but v, on its way to one warp. That one works on all of K, so the bits
+// do not depend on the block's shape.
+template <typename T>
+struct HeadRegs {
+  VectorRegs<typename T::Slice> q, k;
   Raw<1> a, dt_bias, b;
   float A_log;
 };
 
-template <int K, bool kStep>
-__device__ __forceinline__ RawHead<K> LoadHead(const DecodeParams& p, const Place& at,
-                                               int64_t t, int lane) {
-  const auto token = at.Token<kStep>(p, t), head = token * p.HV + at.hv;
-  const int64_t pair = at.KeyRow<K, kStep>(p, t) + 2 * lane;
-  RawHead<K> raw = {};
-#pragma unroll
-  for (int j = 0; j < K / 64; ++j) {
-    raw.q[j] = LoadRaw<2, kStep>(p.q, pair + 64 * j);
-    raw.k[j] = LoadRaw<2, kStep>(p.k, pair + 64 * j);
+template <typename T>
+__device__ __forceinline__ HeadRegs<T> LoadHead(const BlockCoord<T>& at, int64_t t,
+                                                int lane) {
+  using S = typename T::Slice;
+  const DecodeParams& p = at.p;
+  const auto head = at.Head(t);
+  const int64_t key = at.Key(t);
+  HeadRegs<T> regs = {};
+  regs.q = LoadVector<S, T::kSingle>(p.q, key, lane);
+  regs.k = LoadVector<S, T::kSingle>(p.k, key, lane);
+  Load(p.A_log + at.hv, regs.A_log);
+  regs.b = LoadRaw<1>(p.b, head);
+  if (!at.PerChannel()) {
+    regs.a = LoadRaw<1>(p.a, head);
+    regs.dt_bias = LoadRaw<1>(p.dt_bias, at.hv);
   }
-  Load(p.A_log + at.hv, raw.A_log);
-  raw.b = LoadRaw<1, kStep>(p.b, head);
-  if (kStep || !p.per_channel) {
-    raw.a = LoadRaw<1, kStep>(p.a, head);
-    raw.dt_bias = LoadRaw<1>(p.dt_bias, at.hv);
-  }
-  return raw;
+  __syncwarp();
+  return regs;
 }
 
-// One warp works on all of K, so that the bits do not depend on the block's shape.
-// Hands pair j of q and of k to `each(j, q, k)`.
-template <int K, bool kStep, typename F>
-__device__ __forceinline__ GateInputs WidenHead(const DecodeParams& p,
-                                                const RawHead<K>& raw, F each) {
-  GateInputs gates = {};
-#pragma unroll
-  for (int j = 0; j < K / 64; ++j) {
-    const float2 q = Widen(raw.q[j], TypeOf<kStep>(p.q));
-    const float2 k = Widen(raw.k[j], TypeOf<kStep>(p.k));
-    each(j, q, k);
-    gates.qq = fmaf(q.y, q.y, fmaf(q.x, q.x, gates.qq));
-    gates.kk = fmaf(k.y, k.y, fmaf(k.x, k.x, gates.kk));
-    gates.qk = fmaf(q.y, k.y, fmaf(q.x, k.x, gates.qk));
+template <typename T, typename S = typename T::Slice>
+__device__ __forceinline__ Gates MakeGates(const BlockCoord<T>& at,
+                                           const HeadRegs<T>& regs,
+                                           const VectorFrag<S>& q,
+                                           const VectorFrag<S>& k) {
+  const float qq = WarpSum<S::kLanes>(DotFrag<S>(q, q.x));
+  const float kk = WarpSum<S::kLanes>(DotFrag<S>(k, k.x));
+  const float qk = WarpSum<S::kLanes>(DotFrag<S>(q, k.x));
+  const DecodeParams& p = at.p;
+  const float x = Widen(regs.a, p.a.dtype) + Widen(regs.dt_bias, p.dt_bias.dtype);
+  const float decay = at.PerChannel() ? 1.0f : Decay(regs.A_log, x);
+  return MakeGates(p, decay, Widen(regs.b, p.b.dtype), qq, kk, qk);
+}
+
+// One warp stages exp(g) of the channels, where each has its own: as GetVector reads
+// it.
+template <typename T>
+__device__ __forceinline__ void StageDecay(const BlockCoord<T>& at, int64_t t, int lane,
+                                           float A_log, float (&to)[T::K]) {
+  const DecodeParams& p = at.p;
+  for (int i = 4 * lane; i < T::K; i += 128) {
+    const float4 a = Widen(LoadRaw<4>(p.a, at.Head(t) * int64_t{T::K} + i), p.a.dtype);
+    const float4 bias =
+        Widen(LoadRaw<4>(p.dt_bias, int64_t{at.hv} * T::K + i), p.dt_bias.dtype);
+    reinterpret_cast<float4&>(to[SmemOffset<typename T::Slice>(i)]) = {
+        Decay(A_log, a.x + bias.x), Decay(A_log, a.y + bias.y),
+        Decay(A_log, a.z + bias.z), Decay(A_log, a.w + bias.w)};
   }
-  gates.A_log = raw.A_log;
-  gates.b = Widen(raw.b, TypeOf<kStep>(p.b));
-  gates.decay_input =
-      Widen(raw.a, TypeOf<kStep>(p.a)) + Widen(raw.dt_bias, p.dt_bias.dtype);
-  return gates;
 }
 
-// The same warp does.
-template <bool kStep>
-__device__ __forceinline__ Gates MakeGates(const DecodeParams& p, const GateInputs& x) {
-  const bool per_channel = !kStep && p.per_channel;
-  const float qq = WarpSum(x.qq), kk = WarpSum(x.kk), qk = WarpSum(x.qk);
-  const float decay = per_channel ? 1.0f : Decay(x.A_log, x.decay_input);
-  return MakeGates(p, decay, x.b, qq, kk, qk);
-}
-
-// What a token brings to a head, staged in shared memory as float32: q and k as they
-// came.
-template <int K, bool kStep>
-struct HeadInputs {
-  alignas(16) float q[K];
-  alignas(16) float k[K];
+// A token staged for all warps of a block: q and k as they came, as float32.
+template <typename T>
+struct TokenSmem {
+  alignas(16) float q[T::K];
+  alignas(16) float k[T::K];
+  alignas(16) float decay[T::K];  // exp(g) of the channels, where each has its own
+  alignas(16) float v[T::VT];
   Gates gates;
 };
 
-// With the decays of all channels; and, where each has its own, q and k times them.
-template <int K>
-struct HeadInputs<K, false> : HeadInputs<K, true> {
-  alignas(16) float decay[K];
-  alignas(16) float decayed_q[K];
-  alignas(16) float decayed_k[K];
-};
-
-// Puts the decays beside, of each channel or common to all. The same warp does.
-template <int K>
-__device__ __forceinline__ void StageDecays(const DecodeParams& p, const Place& at,
-                                            int64_t t, int lane, float A_log,
-                                            float common_decay,
-                                            HeadInputs<K, false>& to) {
-  const int64_t head = at.Token<false>(p, t) * p.HV + at.hv;
-#pragma unroll 1  // Why: in flight at once, they would not fit beside the state.
-  for (int pair = lane; pair < K / 2; pair += 32) {
-    float2& decay = reinterpret_cast<float2*>(to.decay)[pair];
-    if (!p.per_channel) {
-      decay = {common_decay, common_decay};
-      continue;
-    }
-    const float2 a = Widen(LoadRaw<2>(p.a, head * K + 2 * pair), p.a.dtype);
-    const float2 bias =
-        Widen(LoadRaw<2>(p.dt_bias, int64_t{at.hv} * K + 2 * pair), p.dt_bias.dtype);
-    const float2 d = {Decay(A_log, a.x + bias.x), Decay(A_log, a.y + bias.y)};
-    const float2 q = reinterpret_cast<const float2*>(to.q)[pair];
-    const float2 k = reinterpret_cast<const float2*>(to.k)[pair];
-    decay = d;
-    reinterpret_cast<float2*>(to.decayed_q)[pair] = {q.x * d.x, q.y * d.y};
-    reinterpret_cast<float2*>(to.decayed_k)[pair] = {k.x * d.x, k.y * d.y};
-  }
-}
-
-// One warp stages q and k of a token.
-template <int K, bool kStep>
-__device__ __forceinline__ GateInputs StageHead(const DecodeParams& p,
-                                                const RawHead<K>& raw, int lane,
-                                                HeadInputs<K, kStep>& to) {
-  return WidenHead<K, kStep>(p, raw, [&](int j, const float2& q, const float2& k) {
-    reinterpret_cast<float2*>(to.q)[32 * j + lane] = q;
-    reinterpret_cast<float2*>(to.k)[32 * j + lane] = k;
-  });
-}
-
-// One warp stages all of token t.
-template <int K>
-__device__ __forceinline__ void StageToken(const DecodeParams& p, const Place& at,
-                                           int64_t t, int lane, const RawHead<K>& raw,
-                                           HeadInputs<K, false>& to) {
-  const GateInputs inputs = StageHead<K, false>(p, raw, lane, to);
-  const Gates gates = MakeGates<false>(p, inputs);
-  StageDecays<K>(p, at, t, lane, inputs.A_log, gates.decay, to);
+// Each warp stages a token, from `first` on.
+template <typename T>
+__device__ __forceinline__ void StageTokens(const BlockCoord<T>& at, int64_t first,
+                                            int warp, int lane,
+                                            TokenSmem<T> (&tokens)[T::kWarps]) {
+  const DecodeParams& p = at.p;
+  const int64_t t = first + warp;
+  if (t >= p.T) return;
+  TokenSmem<T>& to = tokens[warp];
+  // All loads before the first is looked at.
+  Raw<4> v = {};
+  if (lane < T::VT / 4) v = LoadRaw<4>(p.v, at.Value(t, 4 * lane));
+  const HeadRegs<T> regs = LoadHead<T>(at, t, lane);
+  const auto q = Widen(regs.q, p.q.dtype), k = Widen(regs.k, p.k.dtype);
+  PutVector(q, to.q, lane);
+  PutVector(k, to.k, lane);
+  const Gates gates = MakeGates<T>(at, regs, q, k);
+  if (p.per_channel) StageDecay<T>(at, t, lane, regs.A_log, to.decay);
+  if (lane < T::VT / 4) reinterpret_cast<float4*>(to.v)[lane] = Widen(v, p.v.dtype);
   if (lane == 0) to.gates = gates;
 }
 

@@ -1,28 +1,18 @@
 #include "cuda/plan.h"
 
-#include "cuda/decode_kv.h"
-#include "cuda/decode_vk.h"
-
 namespace jax_gdn {
 namespace {
 
 // The y and z axes of a grid (HV and B) are 16-bit.
 constexpr int64_t kMaxGridYZ = 65535;
 
-// What "step" kernels are compiled for.
-bool IsStep(const DecodeParams& params) {
-  for (const Input& input : {params.q, params.k, params.v, params.a, params.b}) {
-    if (input.dtype != DType::kBFloat16) return false;
-  }
-  return params.T == 1 && params.V == params.K && !params.per_channel &&
-         params.out.dtype == DType::kBFloat16;
+// Whether single-token kernels take these operands.
+bool IsSingleToken(const DecodeParams& params) {
+  return params.T == 1 && params.V == params.K && params.q.dtype == DType::kBFloat16 &&
+         params.k.dtype == DType::kBFloat16 && params.v.dtype == DType::kBFloat16;
 }
 
 }  // namespace
-
-const std::vector<Kernel>& DecodeKernels(Layout layout) {
-  return layout == Layout::kKV ? DecodeKVKernels() : DecodeVKKernels();
-}
 
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V) {
   if (K != 64 && K != 128 && K != 192 && K != 256) {
@@ -39,10 +29,11 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
   return std::nullopt;
 }
 
-bool Fits(const Kernel& kernel, const DecodeParams& params) {
-  return kernel.layout == params.layout && kernel.state == params.state.dtype &&
-         kernel.K == params.K && params.V % kernel.VT == 0 &&
-         (!kernel.step || IsStep(params));
+bool Fits(const KernelSpec& spec, const DecodeParams& params) {
+  return spec.layout == params.layout && spec.state == params.state.dtype &&
+         spec.K == params.K && params.V % spec.VT == 0 &&
+         (!spec.single_token ||
+          (IsSingleToken(params) && spec.per_channel == params.per_channel));
 }
 
 // By the number of states alone: small tiles give a small batch enough blocks to fill
@@ -50,42 +41,37 @@ bool Fits(const Kernel& kernel, const DecodeParams& params) {
 // were tuned for as many states, the one for the fewest; else the one for the most.
 const Kernel* ChooseKernel(const DecodeParams& params) {
   const int64_t states = params.B * params.HV;
-  const auto is_better = [&](const Kernel& a, const Kernel& b) {
-    if (a.step != b.step) return a.step;
+  const auto is_better = [&](const KernelSpec& a, const KernelSpec& b) {
+    if (a.single_token != b.single_token) return a.single_token;
     const bool enough = a.max_states >= states;
     if (enough != (b.max_states >= states)) return enough;
     return enough ? a.max_states < b.max_states : a.max_states > b.max_states;
   };
   const Kernel* chosen = nullptr;
-  for (const Kernel& kernel : DecodeKernels(params.layout)) {
-    if (!Fits(kernel, params)) continue;
-    if (chosen == nullptr || is_better(kernel, *chosen)) chosen = &kernel;
+  for (const Kernel& kernel : Kernels()) {
+    if (!Fits(kernel.spec, params)) continue;
+    if (chosen == nullptr || is_better(kernel.spec, chosen->spec)) chosen = &kernel;
   }
   return chosen;
 }
 
-LaunchPlan PlanDecode(const DecodeParams& params, const Kernel& kernel) {
-  return {&kernel, static_cast<unsigned>(params.V / kernel.VT),
-          static_cast<unsigned>(params.HV), static_cast<unsigned>(params.B),
-          /*shared_bytes=*/0};
+dim3 GridOf(const KernelSpec& spec, const DecodeParams& params) {
+  return dim3(params.V / spec.VT, params.HV, static_cast<unsigned>(params.B));
 }
 
-CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,
+CudaStatus Launch(const Kernel& kernel, const DecodeParams& params,
                   cudaStream_t stream) {
   void* arguments[] = {const_cast<DecodeParams*>(&params)};
-  return {cudaLaunchKernel(
-              plan.kernel->function, dim3(plan.grid_x, plan.grid_y, plan.grid_z),
-              dim3(plan.kernel->threads), arguments, plan.shared_bytes, stream),
+  return {cudaLaunchKernel(kernel.function, GridOf(kernel.spec, params),
+                           dim3(kernel.threads), arguments, /*sharedMem=*/0, stream),
           "cudaLaunchKernel"};
 }
 
 CudaStatus LoadKernels() {
-  for (Layout layout : {Layout::kKV, Layout::kVK}) {
-    for (const Kernel& kernel : DecodeKernels(layout)) {
-      cudaFuncAttributes attributes;
-      cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
-      if (error != cudaSuccess) return {error, "cudaFuncGetAttributes"};
-    }
+  for (const Kernel& kernel : Kernels()) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
+    if (error != cudaSuccess) return {error, "cudaFuncGetAttributes"};
   }
   return {};
 }

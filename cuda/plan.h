@@ -7,38 +7,49 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
-#include <vector>
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 
 constexpr int64_t kMany = INT64_MAX;
 
+// How accesses to the state treat the caches. Streaming ones leave them early: they win
+// while few blocks run, and lose where many do.
+enum class Caching { kPlain, kStreaming };
+
+// What distinguishes a compiled kernel.
+struct KernelSpec {
+  Layout layout;
+  DType state;          // storage type
+  int K = 128;          // key channels
+  int VT = 16;          // value channels of a block
+  int columns = 4;      // "KV": of a thread
+  int row_groups = 16;  // "KV": of a block
+  int warp_rows = 4;    // "VK": rows of V of a warp
+  // T = 1, V = K and bfloat16 q, k, v; the decay as `per_channel` says. Other kernels
+  // take any number of tokens and either decay.
+  bool single_token = false, per_channel = false;
+  Caching caching = Caching::kPlain;
+  int min_blocks = 1;  // on a multiprocessor, for the compiler
+  // How many blocks of a multiprocessor later the rows are needed that a gate warp
+  // prefetches; 0: none. It does so first, or after it has made the gates.
+  int prefetch_distance = 0;
+  bool prefetch_first = false;
+  int64_t max_states = kMany;  // B HV up to which it is the kernel to take
+};
+
 // One compiled kernel. All take one argument, `const DecodeParams`, by value.
 struct Kernel {
   const char* symbol;  // its name in the PTX
   const void* function;
-  Layout layout;
-  DType state;  // storage type
-  int K, VT;    // key channels, value channels a block owns
   int threads;  // of a block
-  bool step;    // only for one token, V = K, bfloat16 inputs and out, a decay a head
-  int64_t max_states;  // B HV up to which it is the one to take
+  KernelSpec spec;
 };
-
-struct LaunchPlan {
-  const Kernel* kernel;
-  unsigned grid_x, grid_y, grid_z;
-  size_t shared_bytes;  // dynamic; static shared memory belongs to the kernel
-};
-
-// Every compiled kernel for a layout.
-const std::vector<Kernel>& DecodeKernels(Layout layout);
 
 // A CUDA call that failed, or success.
 struct CudaStatus {
@@ -46,20 +57,22 @@ struct CudaStatus {
   const char* call = "";
 };
 
+std::span<const Kernel> Kernels();
+
 // Why no kernel takes these sizes, or nothing when one does.
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V);
 
 // Whether the kernel computes what these parameters ask for.
-bool Fits(const Kernel& kernel, const DecodeParams& params);
+bool Fits(const KernelSpec& spec, const DecodeParams& params);
 
 // The kernel to take, of those that fit. There always is one for parameters that
 // `WhyUnsupported` has nothing against.
 const Kernel* ChooseKernel(const DecodeParams& params);
 
-LaunchPlan PlanDecode(const DecodeParams& params, const Kernel& kernel);
+dim3 GridOf(const KernelSpec& spec, const DecodeParams& params);
 
 // Enqueues; neither allocates nor synchronises.
-CudaStatus Launch(const LaunchPlan& plan, const DecodeParams& params,
+CudaStatus Launch(const Kernel& kernel, const DecodeParams& params,
                   cudaStream_t stream);
 
 // Loads every kernel onto the current device, so that no launch does first-use

@@ -15,20 +15,16 @@ __device__ __forceinline__ void Load(const void* from, uint16_t& to) {
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(to) : "l"(from));
 }
 
-__device__ __forceinline__ void Load(const void* from, uint32_t& to) {
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(to) : "l"(from));
+template <typename T>
+__device__ __forceinline__ void Load(const void* from, T& to) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(from));
+  to = reinterpret_cast<const T&>(bits);
 }
 
 __device__ __forceinline__ void Load(const void* from, uint2& to) {
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(from));
-}
-
-__device__ __forceinline__ void Load(const void* from, float& to) {
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(to) : "l"(from));
-}
-
-__device__ __forceinline__ void Load(const void* from, int32_t& to) {
-  asm volatile("ld.global.s32 %0, [%1];" : "=r"(to) : "l"(from));
 }
 
 __device__ __forceinline__ void Load(const void* from, uint4& to) {
@@ -50,44 +46,33 @@ __device__ __forceinline__ void LoadStreaming(const void* from, uint2& to) {
                : "l"(from));
 }
 
-// The same, not streaming but asking the L2 cache for the 256 bytes around (.L2::256B).
-__device__ __forceinline__ void LoadAround(const void* from, uint4& to) {
-  asm volatile("ld.global.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
-               : "l"(from));
-}
-
-// 9.7.13.1, barrier: of a block's warps some say that they are here, and the others
-// wait for all. Barrier 0 is that of __syncthreads.
+// 9.7.13.1, named barriers of kThreads threads: producers arrive, consumers sync.
+// Number 0 is that of __syncthreads.
 template <int kThreads>
-__device__ __forceinline__ void Arrive() {
+__device__ __forceinline__ void ArriveAtBarrier() {
   asm volatile("bar.arrive 1, %0;" : : "n"(kThreads) : "memory");
 }
 
-template <int kThreads>
-__device__ __forceinline__ void WaitForArrivals() {
-  asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
+template <int kNumber, int kThreads>
+__device__ __forceinline__ void SyncAtBarrier() {
+  asm volatile("bar.sync %0, %1;" : : "n"(kNumber), "n"(kThreads) : "memory");
 }
 
-// 9.7.9.25 (asynchronous copy), cp.async.bulk.prefetch: asks the L2 cache for bytes, a
-// multiple of 16.
+// 9.7.9.25 (asynchronous copy), cp.async.bulk.prefetch: of bytes, a multiple of 16, to
+// the L2 cache.
 __device__ __forceinline__ void PrefetchBulk(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes));
 }
 
-// No instruction: hides a value's origin from the compiler, which then computes
-// what follows from it again instead of keeping it in registers.
-__device__ __forceinline__ int64_t Recompute(int64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
+// No instruction: hides a value's origin from the compiler, which then computes what
+// follows from it again instead of keeping it in registers.
+__device__ __forceinline__ void HideOrigin(int64_t& x) { asm volatile("" : "+l"(x)); }
 
-// The same for a value's bits: what was made from them is not kept.
-__device__ __forceinline__ void Forget(uint4& x) {
+__device__ __forceinline__ void HideOrigin(uint4& x) {
   asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
 }
 
-__device__ __forceinline__ void Forget(uint2& x) {
+__device__ __forceinline__ void HideOrigin(uint2& x) {
   asm volatile("" : "+r"(x.x), "+r"(x.y));
 }
 

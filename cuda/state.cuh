@@ -2,6 +2,7 @@
 #ifndef JAX_GDN_CUDA_STATE_CUH_
 #define JAX_GDN_CUDA_STATE_CUH_
 
+#include "cuda/plan.h"
 #include "cuda/vec.cuh"
 
 namespace jax_gdn {
@@ -42,41 +43,21 @@ constexpr int kStateBytes = kState == DType::kFloat32 ? 4 : 2;
 
 // One access to the state.
 template <int kBytes>
-struct AccessOf;
-template <>
-struct AccessOf<8> {
-  using Type = uint2;
-};
-template <>
-struct AccessOf<16> {
-  using Type = uint4;
-};
+using Access = std::conditional_t<kBytes == 8, uint2, uint4>;
 
-// How accesses treat the caches. Streaming ones leave them early: they win while few
-// blocks run, and lose where many do. Where a multiprocessor has four to eight small
-// blocks, each of which reads pieces of rows, it helps that the first piece read brings
-// its neighbours to the L2 cache; then loads are not streaming, stores are.
-enum class Caching { kPlain, kStreaming, kAround };
-
-// When a gate warp asks for later rows: once its own loads are on their way, or when it
-// has handed on the gates.
-enum class Ask { kBeforeGates, kAfterGates };
-
-template <Caching kCaching, typename Access>
-__device__ __forceinline__ Access LoadState(const Access* from) {
-  Access bits;
+template <Caching kCaching, typename A>
+__device__ __forceinline__ A LoadState(const A* from) {
+  A bits;
   if constexpr (kCaching == Caching::kStreaming) {
     LoadStreaming(from, bits);
-  } else if constexpr (kCaching == Caching::kAround) {
-    LoadAround(from, bits);
   } else {
     Load(from, bits);
   }
   return bits;
 }
 
-template <Caching kCaching, typename Access>
-__device__ __forceinline__ void StoreState(Access* to, Access bits) {
+template <Caching kCaching, typename A>
+__device__ __forceinline__ void StoreState(A* to, A bits) {
   if constexpr (kCaching == Caching::kPlain) {
     *to = bits;
   } else {
@@ -85,17 +66,17 @@ __device__ __forceinline__ void StoreState(Access* to, Access bits) {
 }
 
 // An access as words.
-template <typename Access>
+template <typename A>
 union Words {
-  Access access;
-  uint32_t word[sizeof(Access) / 4];
+  A access;
+  uint32_t word[sizeof(A) / 4];
 };
 
-template <DType kState, typename Access>
-__device__ __forceinline__ void UnpackState(Access access, float* value) {
-  const Words<Access> bits = {access};
+template <DType kState, typename A>
+__device__ __forceinline__ void UnpackState(A access, float* value) {
+  const Words<A> bits = {access};
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Access) / 4); ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(A) / 4); ++i) {
     const uint32_t word = bits.word[i];
     if constexpr (kState == DType::kFloat32) {
       value[i] = __uint_as_float(word);
@@ -109,11 +90,11 @@ __device__ __forceinline__ void UnpackState(Access access, float* value) {
   }
 }
 
-template <DType kState, typename Access>
-__device__ __forceinline__ Access PackState(const float* value) {
-  Words<Access> bits;
+template <DType kState, typename A>
+__device__ __forceinline__ A PackState(const float* value) {
+  Words<A> bits;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Access) / 4); ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(A) / 4); ++i) {
     if constexpr (kState == DType::kFloat32) {
       bits.word[i] = __float_as_uint(value[i]);
     } else {

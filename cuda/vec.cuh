@@ -5,8 +5,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "common/decode_params.h"
 #include "cuda/ptx.cuh"
-#include "ffi/decode_params.h"
 
 namespace jax_gdn {
 
@@ -15,18 +17,9 @@ namespace jax_gdn {
 // So a load is the same two instructions whatever the type is, and no condition
 // stands between issuing the first and the second.
 template <int N>
-struct Raw;
-template <>
-struct Raw<1> {
-  uint16_t low, high;
-};
-template <>
-struct Raw<2> {
-  uint32_t low, high;
-};
-template <>
-struct Raw<4> {
-  uint2 low, high;
+struct Raw {
+  std::conditional_t<N == 1, uint16_t, std::conditional_t<N == 2, uint32_t, uint2>> low,
+      high;
 };
 
 // Reads elements [index, index + N); index is a multiple of N. Where the type is known
@@ -83,12 +76,6 @@ __device__ __forceinline__ float4 Widen(Raw<4> raw, DType dtype) {
           WidenBits(raw.low.y, raw.high.y, dtype, kPickY, kPickX)};
 }
 
-// The type of an input: a "step" kernel takes bfloat16 alone.
-template <bool kStep>
-__device__ __forceinline__ DType TypeOf(const Input& x) {
-  return kStep ? DType::kBFloat16 : x.dtype;
-}
-
 // Two values rounded to nearest even, as the 16-bit type `dtype` stores them.
 __device__ __forceinline__ uint32_t RoundPair(float x, float y, DType dtype) {
   if (dtype == DType::kBFloat16) {
@@ -99,44 +86,31 @@ __device__ __forceinline__ uint32_t RoundPair(float x, float y, DType dtype) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Two or four values, one access.
+// One, two or four values, one access.
 template <int N>
-struct FloatsOf;
-template <>
-struct FloatsOf<2> {
-  using Type = float2;
-};
-template <>
-struct FloatsOf<4> {
-  using Type = float4;
-};
+using Floats =
+    std::conditional_t<N == 1, float, std::conditional_t<N == 2, float2, float4>>;
 
 // Writes elements [index, index + N), each rounded once; index is a multiple of N.
 template <int N>
 __device__ __forceinline__ void Store(const Output& x, int64_t index,
-                                      const typename FloatsOf<N>::Type& values) {
+                                      const Floats<N>& values) {
   if (x.dtype == DType::kFloat32) {
-    reinterpret_cast<typename FloatsOf<N>::Type*>(x.data)[index / N] = values;
+    reinterpret_cast<Floats<N>*>(x.data)[index / N] = values;
     return;
   }
-  const auto* value = reinterpret_cast<const float*>(&values);
   decltype(Raw<N>::low) rounded;
+  if constexpr (N == 1) {
+    rounded = static_cast<uint16_t>(RoundPair(values, 0.0f, x.dtype));
+  } else {
+    const auto* value = reinterpret_cast<const float*>(&values);
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    reinterpret_cast<uint32_t*>(&rounded)[i] =
-        RoundPair(value[2 * i], value[2 * i + 1], x.dtype);
+    for (int i = 0; i < N / 2; ++i) {
+      reinterpret_cast<uint32_t*>(&rounded)[i] =
+          RoundPair(value[2 * i], value[2 * i + 1], x.dtype);
+    }
   }
   reinterpret_cast<decltype(Raw<N>::low)*>(x.data)[index / N] = rounded;
-}
-
-// Writes one element.
-__device__ __forceinline__ void Store1(const Output& x, int64_t index, float value) {
-  if (x.dtype == DType::kFloat32) {
-    static_cast<float*>(x.data)[index] = value;
-  } else {
-    static_cast<uint16_t*>(x.data)[index] =
-        static_cast<uint16_t>(RoundPair(value, 0.0f, x.dtype));
-  }
 }
 
 }  // namespace jax_gdn

@@ -92,7 +92,7 @@ ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
   if (params->B == 0) return ffi::Error::Success();
   const Kernel* kernel = ChooseKernel(*params);
   if (kernel == nullptr) return NoKernel();
-  return ErrorOf(Launch(PlanDecode(*params, *kernel), *params, stream));
+  return ErrorOf(Launch(*kernel, *params, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
@@ -178,20 +178,45 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
   const Kernel* chosen = ChooseKernel(params);
   if (kernel) {
     chosen = nullptr;
-    for (const Kernel& other : DecodeKernels(params.layout)) {
-      if (other.symbol == *kernel && Fits(other, params)) chosen = &other;
+    for (const Kernel& other : Kernels()) {
+      if (other.symbol == *kernel && Fits(other.spec, params)) chosen = &other;
     }
   }
   if (chosen == nullptr) throw nb::value_error("no such kernel, or it does not fit");
-  const LaunchPlan plan = PlanDecode(params, *chosen);
+  const dim3 grid = GridOf(chosen->spec, params);
   nb::dict result;
-  result["symbol"] = plan.kernel->symbol;
-  result["grid"] = nb::make_tuple(plan.grid_x, plan.grid_y, plan.grid_z);
-  result["block"] = nb::make_tuple(plan.kernel->threads, 1, 1);
-  result["shared_bytes"] = plan.shared_bytes;
+  result["symbol"] = chosen->symbol;
+  result["grid"] = nb::make_tuple(grid.x, grid.y, grid.z);
+  result["block"] = nb::make_tuple(chosen->threads, 1, 1);
   result["arguments"] =
       nb::bytes(reinterpret_cast<const char*>(&params), sizeof params);
   return result;
+}
+
+// Every compiled kernel, its spec's fields by their names.
+std::vector<nb::dict> KernelTable() {
+  const std::map<DType, const char*> types = {{DType::kFloat32, "float32"},
+                                              {DType::kBFloat16, "bfloat16"},
+                                              {DType::kFloat16, "float16"}};
+  std::vector<nb::dict> table;
+  for (const Kernel& kernel : Kernels()) {
+    const KernelSpec& spec = kernel.spec;
+    nb::dict row;
+    row["symbol"] = kernel.symbol;
+    row["threads"] = kernel.threads;
+    row["layout"] = spec.layout == Layout::kKV ? "KV" : "VK";
+    row["state"] = types.at(spec.state);
+    row["K"] = spec.K;
+    row["VT"] = spec.VT;
+    row["single_token"] = spec.single_token;
+    row["per_channel"] = spec.per_channel;
+    row["streaming"] = spec.caching == Caching::kStreaming;
+    row["min_blocks"] = spec.min_blocks;
+    row["prefetch_distance"] = spec.prefetch_distance;
+    row["max_states"] = spec.max_states;
+    table.push_back(row);
+  }
+  return table;
 }
 
 }  // namespace
@@ -215,15 +240,7 @@ NB_MODULE(_cuda, m) {
         nb::arg("V"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),
         nb::arg("state_layout") = 0, nb::arg("kernel") = nb::none());
-  m.def("kernel_symbols", [] {
-    std::vector<std::string> symbols;
-    for (Layout layout : {Layout::kKV, Layout::kVK}) {
-      for (const Kernel& kernel : DecodeKernels(layout)) {
-        symbols.push_back(kernel.symbol);
-      }
-    }
-    return symbols;
-  });
+  m.def("kernels", &KernelTable);
 }
 
 }  // namespace jax_gdn

@@ -12,7 +12,7 @@
 #include <string>
 #include <variant>
 
-#include "ffi/decode_params.h"
+#include "common/decode_params.h"
 
 namespace jax_gdn {
 

@@ -2,8 +2,8 @@
 //
 // Axis letters: B sequences, T tokens, H query/key heads, HV value heads, K and V
 // head sizes, N slots of a state pool. Value head j reads key head j / (HV / H).
-#ifndef JAX_GDN_FFI_DECODE_PARAMS_H_
-#define JAX_GDN_FFI_DECODE_PARAMS_H_
+#ifndef JAX_GDN_COMMON_DECODE_PARAMS_H_
+#define JAX_GDN_COMMON_DECODE_PARAMS_H_
 
 #include <cstdint>
 
@@ -58,4 +58,4 @@ inline constexpr float kNormEpsilon = 1e-6f;
 
 }  // namespace jax_gdn
 
-#endif  // JAX_GDN_FFI_DECODE_PARAMS_H_
+#endif  // JAX_GDN_COMMON_DECODE_PARAMS_H_
