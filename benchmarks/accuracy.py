@@ -1,7 +1,5 @@
 """Prints how exact `decode` is, against the tests' float64 loop.
 
-    python benchmarks/accuracy.py [errors | drift | tokens] [--json FILE]
-
 `errors`: the largest error of the state and of a float32 output, for every layout,
 state dtype, form of decay, number of tokens and K. `drift`: the error of a state after
 1, 100 and 1000 steps, for each dtype it may be stored in. `tokens`: the time of eight
@@ -11,20 +9,17 @@ tokens in one call against eight calls.
 import argparse
 import itertools
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_gdn
-from jax_gdn import _bench_report
+from tests.cases import DTYPES, F32, LAYOUTS, SIZES, Case
+from tests.oracle import decode64
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from cases import DTYPES, F32, LAYOUTS, SIZES, Case
-from oracle import decode64
+from .options import output_file, write_json
 
 
 def relative_error(actual, expected) -> float:
@@ -124,28 +119,25 @@ def _text(value) -> str:
     return str(value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["errors", "drift", "tokens"])
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    tables = {"errors": errors, "drift": drift, "tokens": tokens}
-    wanted = [arguments.what] if arguments.what else list(tables)
+TABLES = {"errors": errors, "drift": drift, "tokens": tokens}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=TABLES, help="(all)")
+    parser.add_argument("--json", type=output_file)
+
+
+def run(given: argparse.Namespace) -> None:
     results: dict = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "jax_gdn": jax_gdn.__version__,
     }
-    for name in wanted:
-        results[name] = rows = tables[name]()
+    for name in [given.what] if given.what else TABLES:
+        results[name] = rows = TABLES[name]()
         print(f"\n{name}, on {results['device']}\n")
         print("| " + " | ".join(rows[0]) + " |")
         print("|" + "---|" * len(rows[0]))
         for row in rows:
             print("| " + " | ".join(map(_text, row.values())) + " |")
-    if arguments.json:
-        _bench_report.write_json(results, arguments.json)
-
-
-if __name__ == "__main__":
-    main()
+    write_json(results, given.json)

@@ -1,10 +1,8 @@
 """Holds what the tests' PTX machine counts against the counters of the chip.
 
-    python benchmarks/counters.py [--json FILE]
-
-runs itself under `ncu`, which reads the counters of every launch, and prints them
-beside the machine's: sectors and requests of global memory, wavefronts and conflicts of
-shared memory. Needs a GPU, ncu and cuobjdump.
+Sectors and requests of global memory, wavefronts and conflicts of shared memory. Runs
+itself under `ncu`, which reads the counters of every launch. Needs a GPU, ncu and
+cuobjdump, and PYTHONPATH=tests, for the machine is in tests/ptx.
 """
 
 import argparse
@@ -13,17 +11,15 @@ import functools as ft
 import io
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import jax_gdn
-from jax_gdn import _bench_machine, _bench_report
+from tests.cases import Case
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from cases import Case
-from ptx import launch
+from .machine import machine
+from .options import output_file, write_json
 
 # What is counted: by the chip, under that name; by the machine.
 METRICS = {
@@ -53,6 +49,8 @@ CASES = [
 
 def of_machine(case: Case) -> tuple[str, dict[str, int]]:
     """Returns the kernel, and its counts."""
+    from ptx import launch
+
     result = launch.decode(case.inputs(), **case.settings, out_dtype=case.out_dtype)
     counters = result.counters
     traffic, shared = counters.traffic.values(), counters.shared.values()
@@ -82,7 +80,7 @@ def of_chip() -> list[tuple[str, dict[str, int]]]:
             *("ncu", "--clock-control", "none", "--csv", "--page", "raw"),
             *("--kernel-name", "regex:^gdn_"),
             *("--metrics", ",".join(METRICS.values())),
-            *(sys.executable, __file__, "--launch"),
+            *(sys.executable, "-m", "benchmarks", "counters", "--launch"),
         ],
         check=True,
         capture_output=True,
@@ -111,12 +109,13 @@ def compare() -> list[dict[str, Any]]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=output_file)
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.launch:
+
+
+def run(given: argparse.Namespace) -> None:
+    if given.launch:
         return run_on_chip()
     results = compare()
     for result in results:
@@ -128,11 +127,5 @@ def main() -> None:
                 for name in METRICS
             )
         )
-    if arguments.json:
-        report = {"machine": _bench_machine.machine(), "results": results}
-        _bench_report.write_json(report, arguments.json)
+    write_json({"machine": machine(), "results": results}, given.json)
     return None
-
-
-if __name__ == "__main__":
-    main()

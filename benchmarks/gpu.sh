@@ -16,9 +16,11 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 # -P, because the source tree has no native modules.
 python() { python3 -P "$@"; }
+benchmarks() { python3 -m benchmarks "$@"; }
 
 build() {  # for this GPU's machine code, and PTX, which the tests read
-  python3 -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+  python3 -m pip install --quiet --no-build-isolation --no-deps --force-reinstall . \
+    -Ccmake.define.JAX_GDN_BENCH=ON
 }
 
 # A GPU test that would be skipped fails. Tests of XLA's H100 compiler without a GPU need
@@ -55,30 +57,32 @@ sanitize() {
 }
 
 bench() {
-  python -m jax_gdn bench --batch 1 8 64 256 512 --layout KV VK --seconds 2 \
+  benchmarks bench --batch 1 8 64 256 512 --layout KV VK --seconds 2 \
     --json "$out/bench.json" --plot "$out/bench.png" &&
-    python -m jax_gdn bench --warm --batch 1 8 --seconds 2 --json "$out/bench-warm.json"
+    benchmarks bench --warm --batch 1 8 --seconds 2 --json "$out/bench-warm.json"
 }
 
 compare() {
-  local script=benchmarks/compare.py
-  python $script --defects --json "$out/defects.json" &&
-    python $script --batch 512 256 64 1 8 32 --seconds 2 --json "$out/compare.json" &&
-    python benchmarks/picture.py "$out/compare.json" "$out/compare.png" &&
-    python $script --batch 1 8 --warm --seconds 2 --json "$out/compare-warm.json"
+  benchmarks compare --defects --json "$out/defects.json" &&
+    benchmarks compare --batch 512 256 64 1 8 32 --seconds 2 \
+      --json "$out/compare.json" &&
+    benchmarks picture "$out/compare.json" "$out/compare.png" &&
+    benchmarks compare --batch 1 8 --warm --seconds 2 --json "$out/compare-warm.json"
 }
 
-replay() {
-  python benchmarks/replay.py --state-dtype float32 bfloat16 --tokens 1 4 \
-    --seconds 0.5 --json "$out/replay.json"
+replay() {  # a file a dtype: each takes minutes
+  local dtype
+  for dtype in float32 bfloat16 float16; do
+    benchmarks replay --state-dtype $dtype --json "$out/replay-$dtype.json" || return
+  done
 }
 
 run() {
   case $1 in
     test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
-    counters) python benchmarks/counters.py --json "$out/counters.json" ;;
-    layers) python benchmarks/layers.py --seconds 1 --json "$out/layers.json" ;;
-    accuracy) python benchmarks/accuracy.py errors --json "$out/accuracy.json" ;;
+    counters) PYTHONPATH=tests benchmarks counters --json "$out/counters.json" ;;
+    layers) benchmarks layers --seconds 1 --json "$out/layers.json" ;;
+    accuracy) benchmarks accuracy errors --json "$out/accuracy.json" ;;
     build | sanitize | replay | bench | compare) "$1" ;;
     *) echo "gpu.sh: no part $1" && return 2 ;;
   esac

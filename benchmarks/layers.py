@@ -1,7 +1,5 @@
 """Times a decode step of many layers as a user would write it, on this device.
 
-    python benchmarks/layers.py [--layers N ...] [--batch B ...] [--json FILE]
-
 A step calls `decode` once a layer; a layer's output is the next one's value. All else,
 which a model computes inside its step, is the same for every layer here. The states are
 a list of arrays, one a layer, or one pool in which every layer has its slots. It is
@@ -15,7 +13,6 @@ states are one stack, is looped as well.
 import argparse
 import functools as ft
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_gdn import _bench, _bench_machine, _bench_report, decode
+from jax_gdn import decode
 
-ON_GPU = _bench.on_gpu()
+from . import timing
+from .loops import COMMAND_BUFFERS, DeviceLoop
+from .machine import machine
+from .options import output_file, positive, seconds, write_json
+from .workload import Config, decode_step, model_inputs, on_gpu, split_state
+
 STEPS = 20  # of the loop on the device
 
 
@@ -70,7 +72,7 @@ def no_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
 
 
 class Steps:
-    """A chain of model steps; `looped` of them are one program."""
+    """A loop of model steps; `looped` of them are one program."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class Steps:
         looped: int = 1,
         donate: tuple[int, ...] = (0, 2),
     ):
-        state, self._rest = _bench.split_state(_bench.model_inputs(_bench.Config(B=B)))
+        state, self._rest = split_state(model_inputs(Config(B=B)))
         self._states = [jnp.array(state) for _ in range(layers)]
         if join is not None:
             self._states = [join(self._states)]
@@ -116,9 +118,9 @@ class Steps:
 
 def kernel_alone(layers: int, B: int) -> Any:
     """The same calls over as many states, in a program that runs for long."""
-    state, rest = _bench.split_state(_bench.model_inputs(_bench.Config(B=B)))
-    return _bench.DeviceChain(
-        _bench.decode_step("native"),
+    state, rest = split_state(model_inputs(Config(B=B)))
+    return DeviceLoop(
+        decode_step("native"),
         [state] * layers,
         [rest] * layers,
         compiler_options=options_of(True),
@@ -126,12 +128,12 @@ def kernel_alone(layers: int, B: int) -> Any:
 
 
 def options_of(command_buffers: bool) -> dict[str, Any]:
-    return _bench.COMMAND_BUFFERS if command_buffers and ON_GPU else {}
+    return COMMAND_BUFFERS if command_buffers and on_gpu() else {}
 
 
 def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
     graphs, plain = options_of(True), {}
-    if ON_GPU:
+    if on_gpu():
         plain = {"xla_gpu_enable_command_buffer": ""}
     steps = ft.partial(Steps, layers, B)
     make: dict[str, Callable[[], Any]] = {
@@ -146,13 +148,13 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
         "nothing, one pool": lambda: steps({}, no_step, join=jnp.concatenate),
         "nothing, a list": lambda: steps({}, no_step),
     }
-    chains = {name: build() for name, build in make.items()}
-    for chain in chains.values():
-        chain.run(2)
-        chain.wait()
-    before = {n: c.buffers() for n, c in chains.items() if isinstance(c, Steps)}
-    timings = _bench.measure(chains, seconds)
-    stayed = {name: chains[name].buffers() == where for name, where in before.items()}
+    loops = {name: build() for name, build in make.items()}
+    for loop in loops.values():
+        loop.run(2)
+        loop.wait()
+    before = {n: c.buffers() for n, c in loops.items() if isinstance(c, Steps)}
+    timings = timing.measure(loops, seconds)
+    stayed = {name: loops[name].buffers() == where for name, where in before.items()}
     alone = timings["kernel alone"].median
     return {
         "layers": layers,
@@ -172,17 +174,18 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 48])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=5.0, help="a line")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=positive, nargs="+", default=[12, 48])
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="a line")
+    parser.add_argument("--json", type=output_file)
+
+
+def run(given: argparse.Namespace) -> None:
     results = []
-    for B in arguments.batch:
-        for layers in arguments.layers:
-            results.append(result := measure(layers, B, arguments.seconds))
+    for B in given.batch:
+        for layers in given.layers:
+            results.append(result := measure(layers, B, given.seconds))
             print(f"B {B}, {layers} layers, us a layer:")
             for name, row in result["rows"].items():
                 stayed = {True: "states stayed", False: "states MOVED", None: ""}
@@ -190,10 +193,5 @@ def main() -> None:
                 share = "" if part is None else f"host's share {part:4.0%}"
                 where = stayed[row["buffers_stayed"]]
                 print(f"  {name:28} {row['us_a_layer']:9.2f}  {share:17}  {where}")
-            if arguments.json:  # what is measured so far
-                report = {"machine": _bench_machine.machine(), "results": results}
-                _bench_report.write_json(report, arguments.json)
-
-
-if __name__ == "__main__":
-    main()
+            # What is measured so far.
+            write_json({"machine": machine(), "results": results}, given.json)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_gdn import _bench, _bench_run
+from .loops import CALLS_IN_A_ROW, reference_loop
+from .workload import split_state
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,7 +53,7 @@ class TorchPeer:
         ]
         self.x = self._sets[0]
         self._graph: Any = None
-        self._rounds = -(-_bench.CALLS_IN_A_ROW // len(inputs))
+        self._rounds = -(-CALLS_IN_A_ROW // len(inputs))
         self.calls = self._rounds * len(inputs)
 
     def prepare(self) -> Callable[[dict[str, Any]], None]:
@@ -218,13 +219,11 @@ class Lalamo:
             repeated = 1 if name in ("A_log", "dt_bias") else repeats
             return jnp.tile(jnp.asarray(x), (repeated, *[1] * (x.ndim - 1)))
 
-        pairs = [
-            _bench.split_state({n: array(n, y) for n, y in x.items()}) for x in inputs
-        ]
+        pairs = [split_state({n: array(n, y) for n, y in x.items()}) for x in inputs]
         states, rests = [s for s, _ in pairs], [rest for _, rest in pairs]
         self.once = lambda: jax.jit(step)(states[0], rests[0])[::-1]
-        chain = _bench_run.compiled_chain(step, states, rests)
-        self.run, self.wait, self.calls = chain.run, chain.wait, chain.calls
+        loop = reference_loop(step, states, rests)
+        self.run, self.wait, self.calls = loop.run, loop.wait, loop.calls
 
 
 PEERS = {
@@ -259,7 +258,7 @@ def _inputs(
 
 def _error(peer: TorchPeer) -> str:
     """Returns how far a peer is from float64 on the very values that it is given."""
-    from oracle import decode64
+    from tests.oracle import decode64
 
     given = {n: y.double().cpu().numpy() for n, y in peer.x.items() if n != "output"}
     slots = given.pop("slots", None)

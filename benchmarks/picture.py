@@ -1,6 +1,4 @@
-"""Draws what `compare.py --json` wrote: percent of the in-place pass, by batch size.
-
-    python benchmarks/picture.py COMPARE.json PICTURE.png
+"""Draws what `compare --json` wrote: percent of the in-place pass, by batch size.
 
 One panel a state dtype, one line an implementation; the pass over the same bytes in the
 same run is 100. Needs matplotlib, no GPU.
@@ -11,26 +9,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .options import picture_file
+
 STATES = ("float32", "bfloat16")
 PASS = "in-place pass, "
 OWN = "jax_gdn native"
 # An implementation of 16-bit states has them in its name.
 NAMES = {OWN: "decode, KV", f"{OWN}, V-major": "decode, VK"}
-NAMES |= {"jax_gdn XLA form, donated": "XLA form, donated"}
+NAMES |= {"jax_gdn reference, donated": "reference, donated"}
 
 
 def lines(rows: list[dict[str, Any]], state: str) -> dict[str, dict[int, float]]:
     """Returns for each implementation, by B, how much of the pass's speed it has."""
     timed = [row for row in rows if "median" in row]
-    limit = {row["B"]: row["median"] for row in timed if row["peer"] == PASS + state}
+    roof = {row["B"]: row["median"] for row in timed if row["peer"] == PASS + state}
     result: dict[str, dict[int, float]] = {}
     for row in timed:
         peer = row["peer"]
-        if peer.startswith(PASS) or row["B"] not in limit:
+        if peer.startswith(PASS) or row["B"] not in roof:
             continue
         if ("bfloat16" in peer) == (state == "bfloat16"):
             name = peer.removesuffix(" state").removesuffix(", bfloat16")
-            percent = 100 * limit[row["B"]] / row["median"]
+            percent = 100 * roof[row["B"]] / row["median"]
             result.setdefault(NAMES.get(name, name), {})[row["B"]] = percent
     return result
 
@@ -63,13 +63,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("json", type=Path)
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args()
-    draw(json.loads(options.json.read_text(encoding="utf-8")), options.picture)
+    parser.add_argument("picture", type=picture_file)
 
 
-if __name__ == "__main__":
-    main()
+def run(given: argparse.Namespace) -> None:
+    draw(json.loads(given.json.read_text(encoding="utf-8")), given.picture)

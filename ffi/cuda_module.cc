@@ -15,7 +15,6 @@
 #include <variant>
 #include <vector>
 
-#include "cuda/pass.h"
 #include "cuda/plan.h"
 #include "ffi/binding.h"
 #include "ffi/module.h"
@@ -110,33 +109,6 @@ XLA_FFI_DEFINE_HANDLER(
     BindDecode(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
     {ffi::Traits::kCmdBufferCompatible});
 
-// The limit of the benchmarks; `data` is aliased to the result. Further operands only
-// say what this comes after.
-ffi::Error Pass(cudaStream_t stream, ffi::AnyBuffer data, ffi::RemainingArgs,
-                ffi::Result<ffi::AnyBuffer> result, int32_t shape) {
-  const int64_t count = static_cast<int64_t>(data.size_bytes()) / 16;
-  const int64_t entry = static_cast<int64_t>(ffi::ByteWidth(data.element_type()));
-  if (shape < 0 || shape >= kPassShapes || data.size_bytes() % 16 != 0 ||
-      count % kPassMultiple != 0 || (entry != 2 && entry != 4) ||
-      data.untyped_data() != result->untyped_data()) {
-    return ffi::Error::InvalidArgument(
-        "jax_gdn: an in-place pass needs a known shape, a multiple of 8 KB of 2- or "
-        "4-byte entries, and a donated buffer");
-  }
-  const cudaError_t error =
-      LaunchPass(result->untyped_data(), count, static_cast<int>(entry), shape, stream);
-  return ErrorOf({error, "the in-place pass"});
-}
-
-XLA_FFI_DEFINE_HANDLER(kPass, Pass,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Arg<ffi::AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int32_t>("shape"),
-                       {ffi::Traits::kCmdBufferCompatible});
-
 // An operand as Python describes it: address, dtype name, shape.
 using PythonTensor = std::tuple<uintptr_t, std::string, std::vector<int64_t>>;
 
@@ -227,15 +199,12 @@ NB_MODULE(_cuda, m) {
       nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   m.attr("ARCHITECTURES") = JAX_GDN_ARCHITECTURES;
   m.def("handlers", [] {
-    nb::dict stages, pass, handlers;
+    nb::dict stages, handlers;
     stages["initialize"] = Capsule(kInitialize);
     stages["execute"] = Capsule(kExecute);
     handlers["decode"] = stages;
-    pass["execute"] = Capsule(kPass);
-    handlers["in_place_pass"] = pass;
     return handlers;
   });
-  m.attr("PASS_SHAPES") = kPassShapes;
   m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
         nb::arg("V"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),

@@ -7,9 +7,6 @@ CUDA_VERSION: tuple = (13, 0)
 ARCHITECTURES: str = "90-real,90-virtual"
 
 def handlers() -> dict: ...
-
-PASS_SHAPES: int = 8
-
 def why_unsupported(B: int, HV: int, K: int, V: int) -> str | None: ...
 def plan(
     operands: Mapping[str, tuple[int, str, Sequence[int]]],

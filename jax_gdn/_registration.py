@@ -15,8 +15,6 @@ from jax import export
 # Targets are global to the process and stay in exported programs, so the name
 # carries the version of the call's signature.
 DECODE_TARGET = "jax_gdn.decode.v1"
-# The limit of the benchmarks; CUDA only.
-PASS_TARGET = "jax_gdn.in_place_pass.v1"
 
 # For `jax.export.export(..., disabled_checks=...)`: a target keeps its meaning, so a
 # program that calls it may be kept.
@@ -55,9 +53,8 @@ def _register(module: ModuleType, platform: str) -> str | None:
             f"but jaxlib {jaxlib.version.__version__} speaks {runs[0]}.{runs[1]}. "
             "Upgrade jaxlib, or rebuild jax_gdn against this one."
         )
-    targets = {"decode": DECODE_TARGET, "in_place_pass": PASS_TARGET}
-    for name, stages in module.handlers().items():
-        jax.ffi.register_ffi_target(targets[name], stages, platform=platform)
+    stages = module.handlers()["decode"]
+    jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
     return None
 
 

@@ -1,7 +1,9 @@
 """The `jax-gdn` command."""
 
 import argparse
-import platform
+import functools as ft
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,154 +13,106 @@ import jaxlib
 import numpy as np
 
 import jax_gdn
-from jax_gdn import _bench, _bench_run, _registration
+from jax_gdn import _registration
 
 
-def _native_kernel(device: Any) -> tuple[str | None, str]:
-    """Returns the native kernel's name for a device, or None, and an explanation."""
-    if _registration.unregistered:
-        return None, "the native modules do not fit this jaxlib"
-    if device.platform == "cpu":
-        return "host kernel", "any K and V"
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
-        return None, f"there is no native kernel for {device.platform}"
-    if _registration.cuda is None:
-        return None, "this build of jax_gdn has no CUDA kernels"
-    capability = str(getattr(device, "compute_capability", "0"))
-    if int(capability.split(".")[0]) < 9:
-        return None, (
-            f"compute capability {capability}; the CUDA kernel needs 9.0 or newer"
-        )
-    return "CUDA kernel", "K of 64, 128, 192 or 256; V a multiple of 16"
+def _operands(B: int, H: int = 16, HV: int = 32, K: int = 128) -> dict[str, Any]:
+    """Returns random operands for one token in one layer of Qwen3-Next."""
+    rng = np.random.default_rng(0)
+    normal = ft.partial(rng.standard_normal, dtype=np.float32)
+    rows = {"q": (H, K), "k": (H, K), "v": (HV, K), "a": (HV,), "b": (HV,)}
+    operands = {n: jnp.asarray(normal((B, 1, *x)), "bfloat16") for n, x in rows.items()}
+    whole = {"state": (B, HV, K, K), "A_log": (HV,), "dt_bias": (HV,)}
+    return operands | {name: jnp.asarray(normal(x)) for name, x in whole.items()}
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    device = jax.devices()[0]
-    kernel, why = _native_kernel(device)
-    implementation = "native" if kernel else "xla"
-    config = _bench.Config(B=arguments.batch)
-    inputs = _bench.model_inputs(config)
-    state, rest = _bench.split_state(inputs)
-    step = _bench.decode_step(implementation)
-    chains = {
-        "decode": _bench.SteppedChain(step, [state], [rest]),
-        "in-place pass": _bench.SteppedChain(_bench.in_place_pass, [state], [{}]),
-    }
+def _implementation(device: Any) -> str:
+    """Tries one native call on a device, and says what `decode` runs there."""
+    try:
+        with jax.default_device(device):
+            operands = _operands(1)
+            jax.block_until_ready(jax_gdn.decode(**operands, implementation="native"))
+    except ImportError:
+        return "none: the native modules do not fit this jaxlib"
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return f"reference: {str(error).splitlines()[0]}"
+    return f"native, {'host' if device.platform == 'cpu' else 'CUDA'} kernel"
 
-    out, state = jax_gdn.decode(**inputs, implementation=implementation)
-    expected_out, expected_state = jax.jit(jax_gdn.reference_decode)(**inputs)
-    error_out, error_state = (
-        float(jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))))
-        for x, y in ((out, expected_out), (state, expected_state))
-    )
-    loop = jax.jit(step, donate_argnums=0)
-    state = jnp.array(inputs["state"])
+
+def _demo(B: int) -> int:
+    device, rest = jax.devices()[0], _operands(B)
+    state = rest.pop("state")
+    expected = jax.jit(jax_gdn.reference_decode)(state=state, **rest)
     where = state.unsafe_buffer_pointer()
-    for _ in range(8):
-        state, _ = loop(state, rest)
-    stayed = jax.block_until_ready(state).unsafe_buffer_pointer() == where
-    timings = _bench.measure(chains, seconds=8)
+    decode = jax.jit(jax_gdn.decode, donate_argnames="state")
+    out, state = decode(state=state, **rest)
+    pairs = zip((out, state), expected, strict=True)
+    errors = [float(abs(x - y).astype("float32").max()) for x, y in pairs]
 
-    seconds = timings["decode"].median
-    traffic = 2 * config.state_bytes / 1e9
-    rate = {name: traffic / timing.median for name, timing in timings.items()}
-    share = rate["decode"] / rate["in-place pass"]
+    def seconds(calls: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(calls):
+            _, state = decode(state=state, **rest)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - start) / calls
+
+    calls = max(1, int(0.2 / seconds(8)))
+    call = statistics.median(seconds(calls) for _ in range(5))
+    stayed = state.unsafe_buffer_pointer() == where
     rows = {
         "device": f"{device.device_kind} ({device.platform})",
-        "implementation": f"native, {kernel}" if kernel else f"XLA form: {why}",
-        "shapes": f"B {config.B}, H {config.H}, HV {config.HV}, K {config.K}, "
-        f"V {config.V}, bfloat16; state float32",
-        "one layer": f"{seconds * 1e6:,.0f} us a call, one token of each sequence",
-        "state traffic": f"{rate['decode']:,.1f} GB/s; an in-place pass over the same "
-        f"bytes: {rate['in-place pass']:,.1f} GB/s ({share:.0%})",
-        "largest error": f"{error_state:.1e} in the state, {error_out:.1e} in out "
-        "(bfloat16), against reference_decode",
+        "implementation": _implementation(device),
+        "one layer": f"{call * 1e6:,.0f} us a call, one token of each of {B} sequences",
+        "state traffic": f"{2 * state.nbytes / call / 1e9:,.1f} GB/s",
+        "largest error": f"{errors[0]:.1e} in out, {errors[1]:.1e} in the state",
         "state's buffer": "stayed where it was" if stayed else "MOVED",
     }
     _print_rows(rows)
     return 0 if stayed else 1
 
 
-def _info(_: argparse.Namespace) -> int:
+def _info() -> int:
+    cpu, cuda = _registration.cpu, _registration.cuda
+    host = f"{cpu.instruction_set()}, at most {cpu.usable_cpus()} threads"
     rows = {
         "jax_gdn": jax_gdn.__version__,
         "jax, jaxlib": f"{jax.__version__}, {jaxlib.version.__version__}",
-        "python, numpy": f"{platform.python_version()}, {np.__version__}",
         "XLA FFI": "jaxlib speaks {}.{}".format(*_registration.runtime_ffi_version()),
         "target": _registration.DECODE_TARGET,
-        "host module": _module_text(
-            _registration.cpu,
-            f"instruction set {_registration.cpu.instruction_set()}, "
-            f"at most {_registration.cpu.usable_cpus()} threads",
-        ),
+        "host module": _module_text(cpu, host),
         "CUDA module": "not in this build",
     }
-    if _registration.cuda is not None:
-        rows["CUDA module"] = _module_text(
-            _registration.cuda,
-            "CUDA {}.{} runtime, ".format(*_registration.cuda.CUDA_VERSION)
-            + f"architectures {_registration.cuda.ARCHITECTURES}, "
-            f"{len(_registration.cuda.kernel_symbols())} kernels",
-        )
+    if cuda is not None:
+        text = "CUDA {}.{} runtime, architectures ".format(*cuda.CUDA_VERSION)
+        text += f"{cuda.ARCHITECTURES}, {len(cuda.kernel_symbols())} kernels"
+        rows["CUDA module"] = _module_text(cuda, text)
     for device in jax.devices():
-        kernel, why = _native_kernel(device)
-        rows[f"device {device.id}"] = f"{device.device_kind} ({device.platform}): " + (
-            f"native, {kernel} ({why})" if kernel else f"XLA form only: {why}"
-        )
+        name = f"{device.device_kind} ({device.platform})"
+        rows[f"device {device.id}"] = f"{name}: {_implementation(device)}"
     _print_rows(rows)
     return 1 if _registration.unregistered else 0
 
 
 def _module_text(module: Any, details: str) -> str:
-    held_back = _registration.unregistered.get(module.__name__)
-    if held_back is not None:
+    if held_back := _registration.unregistered.get(module.__name__):
         return f"NOT registered: {held_back}"
-    version = "{}.{}".format(*module.FFI_API_VERSION)
-    return f"registered, FFI {version}, {details}"
-
-
-def _benchmark(arguments: argparse.Namespace) -> int:
-    kernel, why = _native_kernel(jax.devices()[0])
-    try:
-        if kernel is None:
-            raise NotImplementedError(f"jax-gdn bench: no native kernel to time: {why}")
-        return _bench_run.run(arguments)
-    except (ArithmeticError, ImportError, NotImplementedError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    return "registered, FFI {}.{}, {}".format(*module.FFI_API_VERSION, details)
 
 
 def _print_rows(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
     for name, text in rows.items():
-        print(f"{name:>{width}}  {text}")
+        print(f"{name:>14}  {text}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="jax-gdn", description="Gated-delta-rule decode for JAX."
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    demo = commands.add_parser("demo", help="run and time a decode loop on this device")
-    demo.add_argument("--batch", type=positive, default=32, help="sequences (32)")
-    demo.set_defaults(run=_demo)
-    info = commands.add_parser("info", help="versions, devices, and what runs on them")
-    info.set_defaults(run=_info)
-    bench = commands.add_parser("bench", help="time decode against XLA and the limit")
-    _bench_run.add_options(bench, positive)
-    bench.set_defaults(run=_benchmark)
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
-
-
-def positive(text: str) -> int:
-    """Reads a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least 1, got {text}"
-        )
-    return value
+    parser = argparse.ArgumentParser(prog="jax-gdn")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    demo = commands.add_parser("demo", help="check and time a decode loop here")
+    demo.add_argument("--batch", type=int, default=32, help="sequences (32)")
+    commands.add_parser("info", help="versions, devices, and what runs on them")
+    given = parser.parse_args(argv)
+    if given.command == "demo" and given.batch < 1:
+        parser.error("--batch must be at least 1")
+    return _info() if given.command == "info" else _demo(given.batch)

@@ -1,10 +1,16 @@
 """Settings of every test: strict promotion, and a GPU that may be required."""
 
 import os
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+import jax_gdn  # noqa: F401
+
+# For `benchmarks`. Not before: the clone's own jax_gdn has no native modules.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Processes that tests start find each other's code by their folder.

@@ -18,12 +18,12 @@ def test_demo(capsys):
     assert jax.devices()[0].device_kind in printed
     assert re.search(r"implementation  native, (host|CUDA) kernel", printed)
     assert re.search(r"one layer  [\d,]+ us a call", printed)
-    assert re.search(r"state traffic  [\d,.]+ GB/s; an in-place .* \(\d+%\)", printed)
-    error = re.search(r"largest error  (\S+) in the state, (\S+) in out", printed)
+    assert re.search(r"state traffic  [\d,.]+ GB/s", printed)
+    error = re.search(r"largest error  (\S+) in out, (\S+) in the state", printed)
     assert error is not None
     # A state entry is of order 1, out of order 0.1 in bfloat16.
-    assert float(error[1]) < 1e-5
-    assert float(error[2]) < 2**-8
+    assert float(error[1]) < 2**-8
+    assert float(error[2]) < 1e-5
     assert "stayed where it was" in printed
 
 

@@ -1,20 +1,17 @@
-"""`benchmarks/replay.py` over a driver that keeps memory and launches nothing."""
+"""`benchmarks replay`, over a driver of host memory and the host's handler."""
 
 import ctypes
-import importlib
+import dataclasses
+import functools as ft
 import json
-import sys
 import types
-from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
-from ptx import module
 
-from jax_gdn import _bench
-
-pytestmark = pytest.mark.skipif(bool(module.why_missing()), reason="no CUDA module")
+from benchmarks import cuda_driver, replay, roofline, workload
+from benchmarks.__main__ import main
+from jax_gdn import _registration
 
 
 class Driver:
@@ -23,14 +20,15 @@ class Driver:
     stream = ctypes.c_void_p(1)
 
     def __init__(self):
-        self.memory, self.launched = [], []
+        self.memory = []
 
     def __getattr__(self, name):
         return lambda *_: None
 
     def MemAlloc_v2(self, pointer, size):
-        self.memory.append(ctypes.create_string_buffer(size.value))
-        pointer._obj.value = ctypes.addressof(self.memory[-1])
+        self.memory.append(np.empty(size.value + 64, np.uint8))
+        address = self.memory[-1].ctypes.data
+        pointer._obj.value = address + -address % 64
 
     def MemcpyHtoD_v2(self, to, data, size):
         ctypes.memmove(to.value, data, size.value)
@@ -38,77 +36,121 @@ class Driver:
     def MemcpyDtoH_v2(self, data, start, size):
         ctypes.memmove(data, start.value, size.value)
 
-    def LaunchKernel(self, function, x, y, z, threads, *rest):
-        state = ctypes.cast(rest[4][0], ctypes.POINTER(ctypes.c_uint64))[0]
-        self.launched.append((function.value, (x, y, z), threads, state))
+
+class Handler(cuda_driver.StreamClient):
+    """The host's, which also remembers whose states it was given."""
+
+    def __init__(self):
+        super().__init__(
+            _registration.cpu.handlers()["decode"]["execute"], Driver.stream
+        )
+        self.states = []
+
+    def call(self, operands, results, attributes):
+        self.states.append(operands[3].address)
+        assert results[1].address == operands[3].address
+        return super().call(operands, results, attributes)
 
 
-@pytest.fixture
-def replay(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    return importlib.import_module("replay")
+@pytest.mark.parametrize("form", [{}, *replay.FORMS], ids=str)
+def test_graphs_hold_calls_over_all_states_in_turn(form, monkeypatch):
+    """Each is checked against float64 on the way."""
+    config = workload.Config(
+        16, T=2, state_dtype="bfloat16", layout="VK", K=64, V=64, **form
+    )
+    monkeypatch.setattr(replay, "BYTES_A_GRAPH", 3 * 2 * 2 * config.state_bytes)
+    monkeypatch.setattr(workload, "COLD_BYTES", 2 * config.state_bytes)
+    monkeypatch.setattr(replay, "symbol_of", lambda *_: "some kernel")
+    handler, launched = Handler(), []
+    passes = types.SimpleNamespace(
+        PASSES=["a", "b"], launch=lambda *call: launched.append(call)
+    )
+    run = replay.Replay(Driver(), handler, passes, config)
+
+    symbol, graph = run.decode(config)
+    assert symbol == "some kernel"
+    # One call on a state of its own, then three rounds over the two states.
+    own = [buffer.address for buffer in run._states]
+    assert handler.states[0] not in own
+    assert handler.states[1:] == own * 3
+    assert graph.calls == 6
+    # Every row of a batch is one of eight, over and over.
+    inputs = workload.model_inputs(dataclasses.replace(config, B=8))
+    state, rest = workload.split_state(inputs)
+    for _ in range(3):
+        state, _ = workload.decode_step("native", "VK")(state, rest)
+    for buffer in run._states:
+        np.testing.assert_array_equal(buffer.last(16), np.tile(state, (2, 1, 1, 1)))
+
+    assert [g.calls for g in run.passes().values()] == [6, 6]
+    size = config.state_bytes
+    expected = [(n, x, size, 2, 1) for n in (0, 1) for x in (own[0], *own * 3)]
+    assert launched == expected
+
+
+def test_wrong_result_is_refused_before_timing(monkeypatch):
+    class Idle(Handler):
+        def call(self, operands, results, attributes):
+            return None
+
+    config = workload.Config(2, K=64, V=64)
+    monkeypatch.setattr(workload, "COLD_BYTES", 1)
+    monkeypatch.setattr(replay, "symbol_of", lambda *_: "some kernel")
+    run = replay.Replay(Driver(), Idle(), None, config)
+    with pytest.raises(ArithmeticError, match="some kernel: out"):
+        run.decode(config)
+
+
+@ft.cache
+def shapes_of_one(config):
+    arrays = config.arrays()
+    arrays["out"] = np.zeros_like(arrays.get("output", arrays["v"]))
+    return {n: (x.dtype.name, x.shape) for n, x in arrays.items() if n != "output"}
 
 
 @pytest.mark.cuda_build
-def test_graphs_hold_calls_over_all_states_in_turn(replay, monkeypatch):
-    from jax_gdn import _cuda
-
-    symbols = [
-        *_cuda.kernel_symbols(),
-        "FlipSignsILi128ELi2ELNS_7CachingE2ELb1EEEvP5uint4j",
-    ]
-    numbered = {s: ctypes.c_void_p(i + 1) for i, s in enumerate(symbols)}
-    functions = types.SimpleNamespace(by_symbol=numbered)
-    monkeypatch.setattr(replay, "BYTES_A_GRAPH", 3 * 2 * 2 * 16 * 2**20)
-    monkeypatch.setattr(replay._bench_run, "COLD_BYTES", 2**25)
-    checked = []
-    monkeypatch.setattr(_bench, "verify", lambda *given: checked.append(given))
-    driver = Driver()
-    run = replay.Replay(driver, functions, 16, "bfloat16")
-
-    symbol, graph = run.decode("VK", 2)
-    (name, inputs, out, state, layout), *more = checked
-    assert (name, layout, more) == (symbol, "VK", [])
-    # What was never launched has the state as it was, and no output.
-    np.testing.assert_array_equal(state, inputs["state"])
-    assert state.dtype == ml_dtypes.bfloat16
-    assert out.shape == (8, 2, 32, 128)
-    assert not out.any()
-    # One call on a state of its own, then three rounds over the two states.
-    states = [launch[3] for launch in driver.launched]
-    own = [buffer.address for buffer in run._states]
-    assert states[0] not in own
-    assert states[1:] == own * 3
-    assert graph.calls == 6
-    plans = {launch[:3] for launch in driver.launched}
-    assert plans == {(numbered[symbol].value, (128 // 64, 32, 16), 128)}
-
-    driver.launched.clear()
-    (name,) = run.passes()
-    assert name == "pass 128 x 2, loads around, stores streaming"
-    assert [launch[3] for launch in driver.launched] == own * 3
-    accesses = 16 * 32 * 128 * 128 * 2 // 16
-    assert driver.launched[0][1] == (accesses // 256, 1, 1)
+def test_every_kernel_is_timed(monkeypatch):
+    """By a run without options."""
+    groups = []
+    monkeypatch.setattr(
+        replay, "run", lambda given: groups.extend(replay.groups(given))
+    )
+    main(["replay"])
+    found = set()
+    for config in (config for rows in groups for config in rows.values()):
+        operands = {}
+        shapes = shapes_of_one(dataclasses.replace(config, B=1))
+        for number, (name, (dtype, shape)) in enumerate(shapes.items()):
+            if name not in workload.WEIGHTS:
+                shape = (config.B, *shape[1:])
+            operands[name] = types.SimpleNamespace(
+                address=(number + 1) << 40, dtype=dtype, shape=shape
+            )
+        found.add(replay.symbol_of(config, operands))
+    assert _registration.cuda is not None
+    assert found == set(_registration.cuda.kernel_symbols())
 
 
-def test_what_is_measured_stays_when_the_run_is_cut_off(replay, monkeypatch, tmp_path):
+def test_what_is_measured_stays_when_the_run_is_cut_off(monkeypatch, tmp_path):
     measured = []
 
-    def measure(cuda, functions, B, dtype, options):
-        measured.append(B)
+    def measure(run, rows, seconds):
+        measured.append(next(iter(rows.values())))
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return {"B": B, "rows": {}}
+        base = measured[-1]
+        return {"B": base.B, "K": base.K, "state_dtype": base.state_dtype, "rows": {}}
 
-    for name in ("Cuda", "Functions"):
-        monkeypatch.setattr(replay, name, lambda *_: None)
+    stub = types.SimpleNamespace(
+        handlers=lambda: {"decode": {"execute": _registration.cpu.handlers()}}
+    )
+    monkeypatch.setattr(_registration, "cuda", stub)
+    monkeypatch.setattr(replay, "StreamClient", lambda *_: None)
+    monkeypatch.setattr(replay, "Driver", Driver)
+    monkeypatch.setattr(replay, "Replay", lambda *_: types.SimpleNamespace(free=list))
+    monkeypatch.setattr(roofline, "native_module", lambda: None)
     monkeypatch.setattr(replay, "measure", measure)
     data = tmp_path / "replay.json"
-    monkeypatch.setattr(
-        sys, "argv", ["replay.py", "--batch", "8", "1", "--json", str(data)]
-    )
     with pytest.raises(KeyboardInterrupt):
-        replay.main()
+        main(["replay", "--batch", "8", "1", "--json", str(data)])
     assert [result["B"] for result in json.loads(data.read_text())["results"]] == [8]

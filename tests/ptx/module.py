@@ -98,10 +98,6 @@ class Instance:
         )
 
 
-# Symbols of the benchmarks' in-place pass, which computes nothing.
-IN_PLACE_PASS = "FlipSigns"
-
-
 def instance_of(symbol: str) -> Instance:
     """Reads a symbol."""
     match = re.fullmatch(
@@ -167,7 +163,7 @@ def modules() -> tuple[str, ...]:
     found = (
         text[text.index(".version") :]
         for text in _dump("-ptx").split("\nFatbin")
-        if ".version" in text and IN_PLACE_PASS not in text
+        if ".version" in text
     )
     return tuple(found)
 
@@ -204,7 +200,7 @@ def sass() -> dict[str, list[str]]:
             found[symbol] = []
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             found[symbol].append(match[1])
-    return {name: code for name, code in found.items() if IN_PLACE_PASS not in name}
+    return found
 
 
 @functools.cache
@@ -216,5 +212,4 @@ def resources() -> dict[str, Resources]:
         for symbol, registers, stack, shared, local in re.findall(
             pattern, _dump("-res-usage")
         )
-        if IN_PLACE_PASS not in symbol
     }

@@ -17,25 +17,37 @@ import jax_gdn
 
 
 def machine() -> dict[str, Any]:
+    """Returns JAX's first device, and what `host` says."""
     device = jax.devices()[0]
     return {
         "device": f"{device.device_kind} ({device.platform})",
         "devices": len(jax.devices()),
-        "cpu": cpu_name(),
-        "cpu_threads": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "cpu_mhz": _cpu_mhz(),
-        "gpu": nvidia_smi() if device.platform == "gpu" else None,
         "platform_version": device.client.platform_version.splitlines(),
+        **host(),
+    }
+
+
+def host() -> dict[str, Any]:
+    """Returns what can be said without starting JAX's backends."""
+    return {
+        "cpu": cpu_name(),
+        "cpu_threads": cpu_threads(),
+        "cpu_mhz": _cpu_mhz(),
+        "gpu": nvidia_smi(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
         "numpy": np.__version__,
         "jax_gdn": jax_gdn.__version__,
-        "commit": _commit(),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
     }
+
+
+def cpu_threads() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def cpu_name() -> str:
@@ -101,10 +113,3 @@ def nvidia_smi() -> dict[str, str] | None:
         f"--query-gpu={','.join(fields)}",
     )
     return dict(zip(fields, line.split(", "), strict=True)) if line else None
-
-
-def _commit() -> str | None:
-    """Returns the commit of the clone that the command is run in, if it is one."""
-    if not Path("jax_gdn/_bench.py").exists():
-        return None
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=40")

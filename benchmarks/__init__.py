@@ -1,0 +1,1 @@
+"""What `jax_gdn` takes: `python -m benchmarks COMMAND`, from the root of a clone."""
