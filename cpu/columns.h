@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "cpu/lanes.h"
-#include "cpu/pass.h"
-#include "cpu/step.h"
+#include "cpu/prefetch.h"
+#include "cpu/state_kernel.h"
 
 namespace jax_gdn {
 namespace {
@@ -17,16 +17,16 @@ class Columns {
  public:
   static constexpr int32_t kSize = kVectors * N;
 
-  Columns(const Work& work, int32_t j)
-      : K_(work.K), V_(work.V), j_(j), tile_(work.tile) {}
+  Columns(const StateJob& job, int32_t j)
+      : K_(job.K), V_(job.V), j_(j), tile_(job.tile) {}
 
   // The first token's sums. kKeeps: the entries go into the tile as well.
   template <DType kType, bool kKeeps>
-  void Sum(const void* state, const Token& token, Ahead& fetch) {
+  void Sum(const void* state, const Token& token, Prefetcher& fetch) {
     const float *const dk = token.decayed_k, *const dq = token.decayed_q;
     float* const tile = tile_;
     const int32_t K = K_, V = V_, j = j_;
-    Ahead ahead = fetch;
+    Prefetcher ahead = fetch;
     F p[kVectors] = {}, r[kVectors] = {};
     for (int32_t i = 0; i < K; ++i) {
       const int64_t at = int64_t{i} * V + j;
@@ -53,13 +53,13 @@ class Columns {
 
   // Applies a token to the tile and sums for the next one. kStores: to the state, too.
   template <DType kType, bool kStores>
-  void UpdateAndSum(const Token& token, const Token& next, Ahead& fetch) {
+  void UpdateAndSum(const Token& token, const Token& next, Prefetcher& fetch) {
     const float *const k = token.k, *const decay = token.decay;
     const float *const dk = next.decayed_k, *const dq = next.decayed_q;
     float* const tile = tile_;
     void* const to = token.to;
     const int32_t K = K_, V = V_, j = j_;
-    Ahead ahead = fetch;
+    Prefetcher ahead = fetch;
     F p[kVectors] = {}, r[kVectors] = {}, u[kVectors];
     for (int c = 0; c < kVectors; ++c) u[c] = u_[c];
     for (int32_t i = 0; i < K; ++i) {
@@ -83,14 +83,14 @@ class Columns {
   // Applies the last token. From the last row to the first: those that were read last
   // are still in the first cache, which does not hold all of a part.
   template <DType kType, bool kKept>
-  void Update(const void* from, const Token& token, Ahead& fetch) {
+  void Update(const void* from, const Token& token, Prefetcher& fetch) {
     const float *const k = token.k, *const decay = token.decay;
     constexpr DType kFrom = kKept ? kFloat : kType;
     const void* const source = kKept ? tile_ : from;
     void* const to = token.to;
     const int32_t V = V_, j = j_;
     const int64_t stride = kKept ? kSize : V, first = kKept ? 0 : j;
-    Ahead ahead = fetch;
+    Prefetcher ahead = fetch;
     F u[kVectors];
     for (int c = 0; c < kVectors; ++c) u[c] = u_[c];
     for (int32_t i = K_ - 1; i >= 0; --i) {

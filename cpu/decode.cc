@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/lanes.h"
-#include "cpu/step.h"
+#include "cpu/state_kernel.h"
 
 namespace jax_gdn {
 namespace {

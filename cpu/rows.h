@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "cpu/lanes.h"
-#include "cpu/pass.h"
-#include "cpu/step.h"
+#include "cpu/prefetch.h"
+#include "cpu/state_kernel.h"
 
 namespace jax_gdn {
 namespace {
@@ -51,17 +51,17 @@ class Rows {
  public:
   static constexpr int32_t kSize = kRows;
 
-  Rows(const Work& work, int32_t j, float* tile)
-      : K_(work.K), whole_(K_ - K_ % kLanes), j_(j), tile_(tile) {}
-  Rows(const Work& work, int32_t j) : Rows(work, j, work.tile) {}
+  Rows(const StateJob& job, int32_t j, float* tile)
+      : K_(job.K), whole_(K_ - K_ % kLanes), j_(j), tile_(tile) {}
+  Rows(const StateJob& job, int32_t j) : Rows(job, j, job.tile) {}
 
   template <DType kType, bool kKeeps>
-  [[gnu::noinline]] void Sum(const void* state, const Token& token, Ahead& fetch) {
+  [[gnu::noinline]] void Sum(const void* state, const Token& token, Prefetcher& fetch) {
     const float *const dk = token.decayed_k, *const dq = token.decayed_q;
     float* const tile = tile_;
     const int32_t K = K_, whole = whole_;
     const int64_t first = int64_t{j_} * K;
-    Ahead ahead = fetch;
+    Prefetcher ahead = fetch;
     F sums[2 * kRows];  // p of each row, then r
 #pragma GCC unroll 16
     for (F& sum : sums) sum = F{};
@@ -99,14 +99,14 @@ class Rows {
 
   template <DType kType, bool kStores>
   [[gnu::noinline]] void UpdateAndSum(const Token& token, const Token& next,
-                                      Ahead& fetch) {
+                                      Prefetcher& fetch) {
     const float *const k = token.k, *const decay = token.decay;
     const float *const dk = next.decayed_k, *const dq = next.decayed_q;
     float* const tile = tile_;
     void* const to = token.to;
     const int32_t K = K_, whole = whole_;
     const int64_t first = int64_t{j_} * K;
-    Ahead ahead = fetch;
+    Prefetcher ahead = fetch;
     F u[kRows], sums[2 * kRows];
 #pragma GCC unroll 16
     for (F& sum : sums) sum = F{};
@@ -142,14 +142,15 @@ class Rows {
   }
 
   template <DType kType, bool kKept>
-  [[gnu::noinline]] void Update(const void* from, const Token& token, Ahead& fetch) {
+  [[gnu::noinline]] void Update(const void* from, const Token& token,
+                                Prefetcher& fetch) {
     const float *const k = token.k, *const decay = token.decay;
     constexpr DType kFrom = kKept ? kFloat : kType;
     const void* const source = kKept ? tile_ : from;
     void* const to = token.to;
     const int32_t K = K_, whole = whole_;
     const int64_t first = int64_t{j_} * K;
-    Ahead ahead = fetch;
+    Prefetcher ahead = fetch;
     F u[kRows];
 #pragma GCC unroll 16
     for (int n = 0; n < kRows; ++n) u[n] = Fill<kLanes>(u_[n]);
@@ -191,31 +192,32 @@ class Rows {
   float u_[kRows];
 };
 
-// Two parts in turn: while the lanes of one are summed, the other is passed over.
+// Interleaved parts in turn: while the lanes of one are summed, the other is passed
+// over.
 template <typename Of>
-class Two {
+class Interleaved {
  public:
   static constexpr int32_t kSize = 2 * Of::kSize;
 
-  Two(const Work& work, int32_t j)
-      : parts_{Of(work, j, work.tile),
-               Of(work, j + Of::kSize, work.tile + int64_t{Of::kSize} * work.K)} {}
+  Interleaved(const StateJob& job, int32_t j)
+      : parts_{Of(job, j, job.tile),
+               Of(job, j + Of::kSize, job.tile + int64_t{Of::kSize} * job.K)} {}
 
   template <DType kType, bool kKeeps>
-  void Sum(const void* state, const Token& token, Ahead& ahead) {
+  void Sum(const void* state, const Token& token, Prefetcher& ahead) {
     for (Of& part : parts_) part.template Sum<kType, kKeeps>(state, token, ahead);
   }
   void Finish(const Token& token) {
     for (Of& part : parts_) part.Finish(token);
   }
   template <DType kType, bool kStores>
-  void UpdateAndSum(const Token& token, const Token& next, Ahead& ahead) {
+  void UpdateAndSum(const Token& token, const Token& next, Prefetcher& ahead) {
     for (Of& part : parts_) {
       part.template UpdateAndSum<kType, kStores>(token, next, ahead);
     }
   }
   template <DType kType, bool kKept>
-  void Update(const void* from, const Token& token, Ahead& ahead) {
+  void Update(const void* from, const Token& token, Prefetcher& ahead) {
     for (Of& part : parts_) part.template Update<kType, kKept>(from, token, ahead);
   }
 

@@ -26,46 +26,44 @@ std::optional<DType> DTypeOf(ffi::DataType type) {
 
 ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
   const auto invalid = [](const std::string& what) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument("jax_gdn.decode: " + what));
+    return ffi::Unexpected(ffi::Error::InvalidArgument(what));
   };
   const auto tensor = [](const ffi::AnyBuffer& x) {
     return Tensor{x.untyped_data(), DTypeOf(x.element_type()),
                   x.element_type() == ffi::DataType::S32, x.dimensions().begin(),
                   x.dimensions().size()};
   };
-  size_t next = 0;
-  const auto optional = [&](OptionalOperand bit) -> std::optional<Tensor> {
-    if (!(call.optional_operands & bit)) return std::nullopt;
-    const auto buffer = call.optional.get<ffi::AnyBuffer>(next++);
-    return buffer.has_value() ? std::optional(tensor(*buffer)) : std::nullopt;
+  const auto is_there = [&](int operand) {
+    return operand < kNumRequired ||
+           (call.optional_operands & (1 << (operand - kNumRequired)));
   };
-  const DecodeOperands operands = {tensor(call.q),
-                                   tensor(call.k),
-                                   tensor(call.v),
-                                   tensor(call.state),
-                                   tensor(call.A_log),
-                                   tensor(call.a),
-                                   tensor(call.dt_bias),
-                                   tensor(call.b),
-                                   tensor(*call.out),
-                                   tensor(*call.new_state),
-                                   optional(kHasOutput),
-                                   optional(kHasStateIndices),
-                                   optional(kHasOutputStateIndices),
-                                   call.scale,
-                                   call.use_qk_l2norm,
-                                   call.state_layout};
-  constexpr int32_t kKnown = kHasOutput | kHasStateIndices | kHasOutputStateIndices;
-  if ((call.optional_operands & ~kKnown) != 0 || next != call.optional.size()) {
-    return invalid("optional_operands, " + std::to_string(call.optional_operands) +
+  size_t wanted = 0;
+  for (int i = 0; i < kOut; ++i) wanted += is_there(i) ? 1 : 0;
+  if ((call.optional_operands & -(1 << kNumOptional)) != 0 ||
+      wanted != call.operands.size() || call.results.size() != 2) {
+    return invalid("jax_gdn.decode: optional_operands, " +
+                   std::to_string(call.optional_operands) +
                    ", must say which of output (1), state_indices (2) and "
-                   "output_state_indices (4) there are; got " +
-                   std::to_string(call.optional.size()) + " more operands");
+                   "output_state_indices (4) there are beside " +
+                   std::to_string(kNumRequired) + " operands and 2 results; got " +
+                   std::to_string(call.operands.size()) + " and " +
+                   std::to_string(call.results.size()));
+  }
+  DecodeOperands operands = {{}, call.scale, call.use_qk_l2norm, call.state_layout};
+  size_t next = 0;
+  for (int i = 0; i < kOut; ++i) {
+    if (!is_there(i)) continue;
+    const auto buffer = call.operands.get<ffi::AnyBuffer>(next++);
+    if (buffer.has_error()) return ffi::Unexpected(buffer.error());
+    operands.tensors[i] = tensor(*buffer);
+  }
+  for (int i = kOut; i < kNumOperands; ++i) {
+    auto buffer = call.results.get<ffi::AnyBuffer>(i - kOut);
+    if (buffer.has_error()) return ffi::Unexpected(buffer.error());
+    operands.tensors[i] = tensor(**buffer);
   }
   auto params = MakeParams(operands);
-  if (auto* error = std::get_if<std::string>(&params)) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(*error));
-  }
+  if (auto* error = std::get_if<std::string>(&params)) return invalid(*error);
   return std::get<DecodeParams>(params);
 }
 

@@ -10,31 +10,15 @@
 
 namespace jax_gdn {
 
-// Calls arrive as (q, k, v, state, A_log, a, dt_bias, b, optional operands) ->
-// (out, state), with the state's result aliased to its operand, and likewise out to
-// `output` where there is one; XLA may drop an alias. Which optional operands there
-// are, in the order below, is said by the bits of the attribute `optional_operands`.
-enum OptionalOperand : int32_t {
-  kHasOutput = 1,
-  kHasStateIndices = 2,
-  kHasOutputStateIndices = 4,
-};
-
+// Calls arrive as the operands of `Operand`, in its order -> (out, state), with the
+// state's result aliased to its operand, and likewise out to `output` where there is
+// one; XLA may drop an alias. Which optional operands there are is said by the bits of
+// the attribute `optional_operands`, from `output` on.
 template <typename Binding>
 auto BindDecode(Binding binding) {
-  namespace ffi = xla::ffi;
   return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()  // q
-      .template Arg<ffi::AnyBuffer>()  // k
-      .template Arg<ffi::AnyBuffer>()  // v
-      .template Arg<ffi::AnyBuffer>()  // state
-      .template Arg<ffi::AnyBuffer>()  // A_log
-      .template Arg<ffi::AnyBuffer>()  // a
-      .template Arg<ffi::AnyBuffer>()  // dt_bias
-      .template Arg<ffi::AnyBuffer>()  // b
       .RemainingArgs()
-      .template Ret<ffi::AnyBuffer>()  // out
-      .template Ret<ffi::AnyBuffer>()  // state
+      .RemainingRets()
       .template Attr<float>("scale")
       .template Attr<bool>("use_qk_l2norm")
       .template Attr<int32_t>("state_layout")
@@ -43,9 +27,8 @@ auto BindDecode(Binding binding) {
 
 // What `BindDecode` decodes to, in its order.
 struct DecodeCall {
-  xla::ffi::AnyBuffer q, k, v, state, A_log, a, dt_bias, b;
-  xla::ffi::RemainingArgs optional;
-  xla::ffi::Result<xla::ffi::AnyBuffer> out, new_state;
+  xla::ffi::RemainingArgs operands;
+  xla::ffi::RemainingRets results;
   float scale;
   bool use_qk_l2norm;
   int32_t state_layout;

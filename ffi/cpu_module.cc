@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "cpu/step.h"
+#include "cpu/state_kernel.h"
 #include "cpu/threads.h"
 #include "ffi/binding.h"
 #include "ffi/module.h"

@@ -129,17 +129,18 @@ Tensor TensorOf(const PythonTensor& x) {
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
               bool use_qk_l2norm, int32_t state_layout,
               const std::optional<std::string>& kernel) {
-  const auto tensor = [&](const char* name) { return TensorOf(operands.at(name)); };
-  const auto optional = [&](const char* name) -> std::optional<Tensor> {
-    return operands.count(name) ? std::optional(tensor(name)) : std::nullopt;
-  };
-  const auto new_state = optional("new_state");
-  auto checked = MakeParams(
-      {tensor("q"), tensor("k"), tensor("v"), tensor("state"), tensor("A_log"),
-       tensor("a"), tensor("dt_bias"), tensor("b"), tensor("out"),
-       new_state ? *new_state : tensor("state"), optional("output"),
-       optional("state_indices"), optional("output_state_indices"), scale,
-       use_qk_l2norm, state_layout});
+  DecodeOperands x = {{}, scale, use_qk_l2norm, state_layout};
+  for (int i = 0; i < kNumOperands; ++i) {
+    const auto operand =
+        operands.find(i == kNewState ? "new_state" : kArguments[i].name);
+    if (operand != operands.end()) x.tensors[i] = TensorOf(operand->second);
+  }
+  if (!x.tensors[kNewState]) x.tensors[kNewState] = x.tensors[kState];
+  for (int i = 0; i < kNumOperands; ++i) {
+    if (x.tensors[i] || (i >= kOutput && i < kOut)) continue;
+    throw nb::value_error((std::string(kArguments[i].name) + " is missing").c_str());
+  }
+  auto checked = MakeParams(x);
   if (const auto* error = std::get_if<std::string>(&checked)) {
     throw nb::value_error(error->c_str());
   }

@@ -1,14 +1,14 @@
 #include "ffi/operands.h"
 
-#include <array>
-#include <initializer_list>
+#include <algorithm>
 #include <limits>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 namespace jax_gdn {
 namespace {
 
-// Kernels read q, k, v and states 16 bytes at a time, and write as many.
 constexpr uintptr_t kVectorAlignment = 16;
 
 std::string ShapeText(const int64_t* sizes, size_t rank) {
@@ -29,26 +29,62 @@ uintptr_t Bytes(const Tensor& x) {
   return bytes;
 }
 
+// Sizes by axis: those of q and v, and the state's first.
+struct Sizes {
+  int64_t B, T, H, HV, K, V, N;
+
+  int64_t operator[](std::string_view axis) const {
+    if (axis == "HV") return HV;
+    switch (axis[0]) {
+      case 'B':
+        return B;
+      case 'T':
+        return T;
+      case 'H':
+        return H;
+      case 'K':
+        return K;
+      case 'V':
+        return V;
+      default:
+        return N;
+    }
+  }
+};
+
+std::vector<int64_t> SizesOf(std::string_view axes, const Sizes& sizes) {
+  std::vector<int64_t> result;
+  while (!axes.empty()) {
+    const size_t end = std::min(axes.find(' '), axes.size());
+    result.push_back(sizes[axes.substr(0, end)]);
+    axes.remove_prefix(std::min(end + 1, axes.size()));
+  }
+  return result;
+}
+
+size_t NumAxes(const Shape& shape) {
+  const std::string_view axes = shape.axes;
+  return 1 + std::count(axes.begin(), axes.end(), ' ');
+}
+
 // Collects the first thing that is wrong. A text is made only where it is needed.
 class Checker {
  public:
-  // An array of floats, or of int32.
-  enum Kind { kVectors, kFloats, kIndices };
-
-  void Array(const char* name, const Tensor& x, Kind kind,
-             std::initializer_list<int64_t> want) {
-    bool same = x.rank == want.size();
-    for (size_t i = 0; same && i < x.rank; ++i) same = x.sizes[i] == want.begin()[i];
-    Require(same, [&] {
+  // Whether an operand fits its row of the table.
+  void Fits(const char* name, const Tensor& x, const Shape& shape, const Sizes& sizes) {
+    const std::vector<int64_t> want = SizesOf(shape.axes, sizes);
+    Require(std::equal(want.begin(), want.end(), x.sizes, x.sizes + x.rank), [&] {
       return std::string(name) + " must have shape " +
-             ShapeText(want.begin(), want.size()) + ", got " +
+             ShapeText(want.data(), want.size()) + ", got " +
              ShapeText(x.sizes, x.rank);
     });
-    Require(kind == kIndices ? x.is_int32 : x.dtype.has_value(), [&] {
+    const bool indices = shape.kind == Kind::kIndices;
+    Require(indices ? x.is_int32 : x.dtype.has_value(), [&] {
       return std::string(name) + " must be " +
-             (kind == kIndices ? "int32" : "float32, bfloat16 or float16");
+             (indices ? "int32" : "float32, bfloat16 or float16");
     });
-    const uintptr_t alignment = kind == kVectors ? kVectorAlignment : ElementBytes(x);
+    const uintptr_t alignment =
+        shape.kind == Kind::kVectors ? kVectorAlignment : ElementBytes(x);
     Require(reinterpret_cast<uintptr_t>(x.data) % alignment == 0, [&] {
       return std::string(name) + " must lie at a multiple of " +
              std::to_string(alignment) + " bytes";
@@ -57,7 +93,7 @@ class Checker {
 
   // Two buffers of which one is written: apart, or one and the same if that is allowed.
   void Apart(const char* written, const Tensor& x, const char* other, const Tensor& y,
-             bool may_be_same = false) {
+             bool may_be_same) {
     const auto first = reinterpret_cast<uintptr_t>(x.data);
     const auto second = reinterpret_cast<uintptr_t>(y.data);
     const bool apart = Bytes(x) == 0 || Bytes(y) == 0 || first + Bytes(x) <= second ||
@@ -78,95 +114,76 @@ class Checker {
   std::string error_;
 };
 
+using Tensors = std::array<std::optional<Tensor>, kNumOperands>;
+
+// Whether an operand has the second of its shapes.
+bool HasOtherShape(int operand, const Tensors& x, int32_t state_layout) {
+  const Shape& other = kArguments[operand].other_shape;
+  if (other.axes == nullptr) return false;
+  if (operand == kState || operand == kNewState) {
+    return state_layout == static_cast<int32_t>(Layout::kVK);
+  }
+  if (operand == kDtBias) operand = kA;
+  return x[operand]->rank == NumAxes(kArguments[operand].other_shape);
+}
+
 // Results are written while operands are still read. But for the operands that they are
 // to share a buffer with, they lie apart from all.
-void CheckBuffers(const DecodeOperands& x, Checker& check) {
-  check.Apart("the new state", x.new_state, "state", x.state, /*may_be_same=*/true);
-  check.Apart("out", x.out, "the new state", x.new_state);
-  check.Apart("out", x.out, "state", x.state);
-  const std::pair<const char*, const Tensor*> read[] = {
-      {"q", &x.q},
-      {"k", &x.k},
-      {"v", &x.v},
-      {"A_log", &x.A_log},
-      {"a", &x.a},
-      {"dt_bias", &x.dt_bias},
-      {"b", &x.b},
-      {"state_indices", x.state_indices ? &*x.state_indices : nullptr},
-      {"output_state_indices",
-       x.output_state_indices ? &*x.output_state_indices : nullptr}};
-  for (const auto& [name, operand] : read) {
-    if (operand == nullptr) continue;
-    check.Apart("the new state", x.new_state, name, *operand);
-    check.Apart("out", x.out, name, *operand);
+void CheckBuffers(const Tensors& x, Checker& check) {
+  for (const auto& [result, donor] : {std::pair(kNewState, kState), {kOut, kOutput}}) {
+    for (int other = 0; other < result; ++other) {
+      if (!x[other]) continue;
+      check.Apart(kArguments[result].name, *x[result], kArguments[other].name,
+                  *x[other],
+                  /*may_be_same=*/other == donor);
+    }
   }
-  if (!x.output) return;
-  check.Apart("the new state", x.new_state, "output", *x.output);
-  check.Apart("out", x.out, "output", *x.output, /*may_be_same=*/true);
 }
 
 // The first thing that is wrong with the operands, or nothing.
-std::string Check(const DecodeOperands& x) {
+std::string Check(const Tensors& x, int32_t state_layout) {
   Checker check;
-  check.Require(x.state_layout == 0 || x.state_layout == 1, [&] {
-    return "state_layout must be 0 (KV) or 1 (VK), got " +
-           std::to_string(x.state_layout);
+  check.Require(state_layout == 0 || state_layout == 1, [&] {
+    return "state_layout must be 0 (KV) or 1 (VK), got " + std::to_string(state_layout);
   });
-  check.Require(x.q.rank == 4, [] { return "q must have rank 4"; });
-  check.Require(x.v.rank == 4, [] { return "v must have rank 4"; });
-  check.Require(x.state.rank == 4, [] { return "state must have rank 4 or more"; });
+  check.Require(x[kQ]->rank == 4, [] { return "q must have rank 4"; });
+  check.Require(x[kV]->rank == 4, [] { return "v must have rank 4"; });
+  check.Require(x[kState]->rank == 4, [] { return "state must have rank 4 or more"; });
   if (!check.error().empty()) return check.error();
-  const int64_t B = x.q.sizes[0], T = x.q.sizes[1], H = x.q.sizes[2], K = x.q.sizes[3];
-  const int64_t HV = x.v.sizes[2], V = x.v.sizes[3];
-  const int64_t N = x.state_indices ? x.state.sizes[0] : B;
+  const int64_t *q = x[kQ]->sizes, *v = x[kV]->sizes;
+  const Sizes n = {.B = q[0],
+                   .T = q[1],
+                   .H = q[2],
+                   .HV = v[2],
+                   .K = q[3],
+                   .V = v[3],
+                   .N = x[kStateIndices] ? x[kState]->sizes[0] : q[0]};
   constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
-  check.Require(B >= 0 && N >= 0,
+  check.Require(n.B >= 0 && n.N >= 0,
                 [] { return "q and state must have no axis below 0"; });
-  check.Require(T > 0 && K > 0, [] { return "q must have T and K of at least 1"; });
-  check.Require(HV > 0 && V > 0, [] { return "v must have HV and V of at least 1"; });
-  check.Require(H > 0 && HV % H == 0,
+  check.Require(n.T > 0 && n.K > 0, [] { return "q must have T and K of at least 1"; });
+  check.Require(n.HV > 0 && n.V > 0,
+                [] { return "v must have HV and V of at least 1"; });
+  check.Require(n.H > 0 && n.HV % n.H == 0,
                 [] { return "v must have HV, a multiple of q's H"; });
-  check.Require(HV <= kMaxSize && K <= kMaxSize && V <= kMaxSize,
+  check.Require(n.HV <= kMaxSize && n.K <= kMaxSize && n.V <= kMaxSize,
                 [] { return "q and v must have HV, K and V that fit 32 bits"; });
   if (!check.error().empty()) return check.error();
-  using C = Checker;
-  check.Array("q", x.q, C::kVectors, {B, T, H, K});
-  check.Array("k", x.k, C::kVectors, {B, T, H, K});
-  check.Array("v", x.v, C::kVectors, {B, T, HV, V});
-  const bool KV = x.state_layout == static_cast<int32_t>(Layout::kKV);
-  check.Array("state", x.state, C::kVectors, {N, HV, KV ? K : V, KV ? V : K});
-  check.Array("the new state", x.new_state, C::kVectors,
-              {N, HV, KV ? K : V, KV ? V : K});
-  check.Array("A_log", x.A_log, C::kFloats, {HV});
-  if (x.a.rank == 4) {
-    check.Array("a", x.a, C::kVectors, {B, T, HV, K});
-    check.Array("dt_bias", x.dt_bias, C::kVectors, {HV, K});
-  } else {
-    check.Array("a", x.a, C::kFloats, {B, T, HV});
-    check.Array("dt_bias", x.dt_bias, C::kFloats, {HV});
-  }
-  check.Array("b", x.b, C::kFloats, {B, T, HV});
-  check.Array("out", x.out, C::kVectors, {B, T, HV, V});
-  if (x.output) {
-    check.Array("output", *x.output, C::kFloats, {B, T, HV, V});
-    check.Require(x.output->dtype == x.out.dtype,
-                  [] { return "output must have out's dtype"; });
-  }
-  if (x.state_indices) {
-    check.Array("state_indices", *x.state_indices, C::kIndices, {B});
-  }
-  if (x.output_state_indices) {
-    check.Require(x.state_indices.has_value(),
-                  [] { return "output_state_indices needs state_indices"; });
-    if (x.output_state_indices->rank == 2) {
-      check.Array("output_state_indices", *x.output_state_indices, C::kIndices, {B, T});
-    } else {
-      check.Array("output_state_indices", *x.output_state_indices, C::kIndices, {B});
+  for (int i = 0; i < kNumOperands; ++i) {
+    const Argument& argument = kArguments[i];
+    const bool other = x[i] && HasOtherShape(i, x, state_layout);
+    if (x[i]) {
+      check.Fits(argument.name, *x[i], other ? argument.other_shape : argument.shape,
+                 n);
     }
   }
-  check.Require(x.A_log.dtype == DType::kFloat32,
+  check.Require(!x[kOutput] || x[kOutput]->dtype == x[kOut]->dtype,
+                [] { return "output must have out's dtype"; });
+  check.Require(!x[kOutputStateIndices] || x[kStateIndices],
+                [] { return "output_state_indices needs state_indices"; });
+  check.Require(x[kALog]->dtype == DType::kFloat32,
                 [] { return "A_log must be float32"; });
-  check.Require(x.new_state.dtype == x.state.dtype,
+  check.Require(x[kNewState]->dtype == x[kState]->dtype,
                 [] { return "the new state must have the state's dtype"; });
   if (check.error().empty()) CheckBuffers(x, check);
   return check.error();
@@ -185,46 +202,44 @@ Tensor WithOneLeadingAxis(const Tensor& x, std::array<int64_t, 4>& sizes) {
 }  // namespace
 
 std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands) {
-  DecodeOperands x = operands;
-  std::array<int64_t, 4> state, new_state, out, output;
-  x.state = WithOneLeadingAxis(x.state, state);
-  x.new_state = WithOneLeadingAxis(x.new_state, new_state);
-  x.out = WithOneLeadingAxis(x.out, out);
-  if (x.output) x.output = WithOneLeadingAxis(*x.output, output);
-  if (std::string error = Check(x); !error.empty()) return error;
-  const auto input = [](const Tensor& tensor) {
-    return Input{tensor.data, *tensor.dtype};
+  Tensors x = operands.tensors;
+  std::array<int64_t, 4> merged[kNumOperands];
+  for (const Operand i : {kState, kNewState, kOut, kOutput}) {
+    if (x[i]) x[i] = WithOneLeadingAxis(*x[i], merged[i]);
+  }
+  if (std::string error = Check(x, operands.state_layout); !error.empty()) return error;
+  const auto input = [&](Operand i) { return Input{x[i]->data, *x[i]->dtype}; };
+  const auto indices = [&](Operand i) {
+    return x[i] ? static_cast<const int32_t*>(x[i]->data) : nullptr;
   };
-  const auto indices = [](const std::optional<Tensor>& tensor) {
-    return tensor ? static_cast<const int32_t*>(tensor->data) : nullptr;
-  };
+  const int64_t *q = x[kQ]->sizes, *v = x[kV]->sizes;
   DecodeParams p = {};
-  p.q = input(x.q);
-  p.k = input(x.k);
-  p.v = input(x.v);
-  p.a = input(x.a);
-  p.dt_bias = input(x.dt_bias);
-  p.b = input(x.b);
-  p.A_log = static_cast<const float*>(x.A_log.data);
-  p.state = input(x.state);
-  p.out = {x.out.data, *x.out.dtype};
-  p.new_state = x.new_state.data;
-  p.read_slots = indices(x.state_indices);
-  p.write_slots = indices(x.output_state_indices);
-  p.B = x.q.sizes[0];
-  p.T = x.q.sizes[1];
-  p.N = x.state.sizes[0];
-  p.H = static_cast<int32_t>(x.q.sizes[2]);
-  p.HV = static_cast<int32_t>(x.v.sizes[2]);
-  p.K = static_cast<int32_t>(x.q.sizes[3]);
-  p.V = static_cast<int32_t>(x.v.sizes[3]);
+  p.q = input(kQ);
+  p.k = input(kK);
+  p.v = input(kV);
+  p.a = input(kA);
+  p.dt_bias = input(kDtBias);
+  p.b = input(kB);
+  p.A_log = static_cast<const float*>(x[kALog]->data);
+  p.state = input(kState);
+  p.out = {x[kOut]->data, *x[kOut]->dtype};
+  p.new_state = x[kNewState]->data;
+  p.read_slots = indices(kStateIndices);
+  p.write_slots = indices(kOutputStateIndices);
+  p.B = q[0];
+  p.T = q[1];
+  p.N = x[kState]->sizes[0];
+  p.H = static_cast<int32_t>(q[2]);
+  p.HV = static_cast<int32_t>(v[2]);
+  p.K = static_cast<int32_t>(q[3]);
+  p.V = static_cast<int32_t>(v[3]);
   p.group = p.HV / p.H;
   p.group_inverse = static_cast<uint32_t>(((int64_t{1} << 32) + p.group - 1) / p.group);
-  p.scale = x.scale;
-  p.layout = static_cast<Layout>(x.state_layout);
-  p.use_qk_l2norm = x.use_qk_l2norm;
-  p.per_channel = x.a.rank == 4;
-  p.snapshots = x.output_state_indices && x.output_state_indices->rank == 2;
+  p.scale = operands.scale;
+  p.layout = static_cast<Layout>(operands.state_layout);
+  p.use_qk_l2norm = operands.use_qk_l2norm;
+  p.per_channel = x[kA]->rank == 4;
+  p.snapshots = x[kOutputStateIndices] && x[kOutputStateIndices]->rank == 2;
   return p;
 }
 

@@ -6,6 +6,7 @@
 #ifndef JAX_GDN_FFI_OPERANDS_H_
 #define JAX_GDN_FFI_OPERANDS_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -16,6 +17,57 @@
 
 namespace jax_gdn {
 
+// In the order in which a call has them; of the optional ones, those that are there.
+enum Operand {
+  kQ,
+  kK,
+  kV,
+  kState,
+  kALog,
+  kA,
+  kDtBias,
+  kB,  // always there
+  kOutput,
+  kStateIndices,
+  kOutputStateIndices,  // optional
+  kOut,
+  kNewState,  // the results
+  kNumOperands
+};
+inline constexpr int kNumRequired = kOutput;
+inline constexpr int kNumOptional = kOut - kNumRequired;
+
+// Kernels read and write vectors 16 bytes at a time.
+enum class Kind { kVectors, kFloats, kIndices };
+
+struct Shape {
+  const char* axes = nullptr;
+  Kind kind = Kind::kFloats;
+};
+
+// The argument table, which reads as that of jax_gdn/_operands.py; N is B where there
+// is no pool. Of two shapes, the layout chooses for states, `a` for `dt_bias`, else the
+// number of axes.
+struct Argument {
+  const char* name;
+  Shape shape, other_shape = {};
+};
+inline constexpr Argument kArguments[kNumOperands] = {
+    {"q", {"B T H K", Kind::kVectors}},
+    {"k", {"B T H K", Kind::kVectors}},
+    {"v", {"B T HV V", Kind::kVectors}},
+    {"state", {"N HV K V", Kind::kVectors}, {"N HV V K", Kind::kVectors}},
+    {"A_log", {"HV", Kind::kFloats}},
+    {"a", {"B T HV", Kind::kFloats}, {"B T HV K", Kind::kVectors}},
+    {"dt_bias", {"HV", Kind::kFloats}, {"HV K", Kind::kVectors}},
+    {"b", {"B T HV", Kind::kFloats}},
+    {"output", {"B T HV V", Kind::kFloats}},
+    {"state_indices", {"B", Kind::kIndices}},
+    {"output_state_indices", {"B", Kind::kIndices}, {"B T", Kind::kIndices}},
+    {"out", {"B T HV V", Kind::kVectors}},
+    {"the new state", {"N HV K V", Kind::kVectors}, {"N HV V K", Kind::kVectors}},
+};
+
 struct Tensor {
   void* data;
   std::optional<DType> dtype;  // none: something else
@@ -25,9 +77,7 @@ struct Tensor {
 };
 
 struct DecodeOperands {
-  Tensor q, k, v, state, A_log, a, dt_bias, b;
-  Tensor out, new_state;
-  std::optional<Tensor> output, state_indices, output_state_indices;
+  std::array<std::optional<Tensor>, kNumOperands> tensors;
   float scale;
   bool use_qk_l2norm;
   int32_t state_layout;  // a `Layout`, if the program is right

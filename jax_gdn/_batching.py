@@ -12,45 +12,58 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from jax_gdn._platforms import on_platform
-from jax_gdn._primitive import Settings
+from jax_gdn._explicit_mesh import shard_explicit
+from jax_gdn._operands import Operands, Results, Settings
 from jax_gdn._reference import decay_rate
-from jax_gdn._sharding import on_mesh
+from jax_gdn._sharding import Call
 
 
-def batchable(settings: Settings, *operands: Array) -> list[Array]:
-    """Stages the call, for operands with any number of mapped axes."""
-    call = custom_vmap(ft.partial(on_platform, settings))
-    call.def_vmap(ft.partial(_map, settings))
-    return call(*operands)
+def batched(call: Call) -> Call:
+    """Returns the call, which vmap gives one batch dimension more."""
+
+    def batched(settings: Settings, operands: Operands) -> Results:
+        mapped_call = custom_vmap(ft.partial(call, settings))
+
+        @mapped_call.def_vmap
+        def rule(axis_size: int, in_batched: list[Operands], operands: Operands):
+            (mapped,) = in_batched
+            inner = dataclasses.replace(
+                settings, num_batch_dims=settings.num_batch_dims + 1
+            )
+            operands = _with_batch_dim(settings, axis_size, mapped, operands)
+            # A mapped axis may be split over the mesh too.
+            return shard_explicit(batched)(inner, operands), Results(True, True)
+
+        return mapped_call(operands)
+
+    return batched
 
 
-def _map(
-    settings: Settings, axis_size: int, in_batched: list[bool], *operands: Array
-) -> tuple[list[Array], list[bool]]:
-    mapped = dict(zip(settings.operands, in_batched, strict=True))
-    if settings.has_pool and not mapped["state"]:
+def _with_batch_dim(
+    settings: Settings, axis_size: int, mapped: Operands, operands: Operands
+) -> Operands:
+    """Returns operands that all have the new batch dimension but for the weights."""
+    if settings.has_pool and not mapped.state:
         raise ValueError(
             "jax_gdn.decode: under jax.vmap `state` must be mapped too where it is a "
             f"pool (`state_indices` is given); got one pool for {axis_size} mapped "
             "calls, which would each return their own. Map the pool, or make the "
             "mapped axis part of B."
         )
-    arrays = dict(zip(settings.operands, operands, strict=True))
-    if mapped["A_log"] or mapped["dt_bias"]:
-        arrays |= _weights_into_a(settings, arrays, mapped)
-        mapped["a"] = True
-    for name, rows in zip(settings.operands, settings.has_rows, strict=True):
-        if rows and not mapped[name]:
-            shape = (axis_size, *arrays[name].shape)
-            arrays[name] = jnp.broadcast_to(arrays[name][None], shape)
-    inner = dataclasses.replace(settings, mapped=settings.mapped + 1)
-    # A mapped axis may be split over the mesh too.
-    return on_mesh(inner, batchable, *arrays.values()), [True, True]
+    if mapped.A_log or mapped.dt_bias:
+        operands = operands._replace(**_weights_into_a(settings, operands, mapped))
+        mapped = mapped._replace(a=True)
+    has_batch_dims = dict(settings.has_batch_dims.items())
+    missing = {
+        name: jnp.broadcast_to(x[None], (axis_size, *x.shape))
+        for name, x in operands.items()
+        if has_batch_dims[name] and not getattr(mapped, name)
+    }
+    return operands._replace(**missing)
 
 
 def _weights_into_a(
-    settings: Settings, arrays: dict[str, Array], mapped: dict[str, bool]
+    settings: Settings, operands: Operands, mapped: Operands
 ) -> dict[str, Array]:
     """Returns a mapped `a`, and `A_log` and `dt_bias` that are not, of the same decay.
 
@@ -58,25 +71,23 @@ def _weights_into_a(
     `A_log` is mapped, the new `a` is what softplus takes to the same decay at
     `A_log` = 0, to within a few roundings of float32.
     """
+    dims = settings.num_batch_dims
 
     def widened(name: str) -> Array:
-        x = arrays[name].astype(jnp.float32)
-        x = x if mapped[name] else x[None]
+        x = getattr(operands, name).astype(jnp.float32)
+        x = x if getattr(mapped, name) else x[None]
         if name == "a":
             return x
         # [E, HV] or [E, HV, K] beside an `a` of [E, ..., B, T, HV] or [.., HV, K].
-        x = jnp.expand_dims(x, range(1, settings.mapped + 3))
+        x = jnp.expand_dims(x, range(1, dims + 3))
         return jnp.expand_dims(x, range(x.ndim, a_rank))
 
-    a_rank = 1 + settings.mapped + len(settings.axes[settings.index("a")])
+    a_rank = 1 + dims + len(settings.axes.a)
     x = widened("a") + widened("dt_bias")
-    dt_bias = jnp.zeros(x.shape[settings.mapped + 3 :], jnp.float32)
-    if not mapped["A_log"]:
+    dt_bias = jnp.zeros(x.shape[dims + 3 :], jnp.float32)
+    if not mapped.A_log:
         return {"a": x, "dt_bias": dt_bias}
     rate = decay_rate(widened("A_log"), x)
     x = rate + jnp.log(-jnp.expm1(-rate))
-    return {
-        "a": x,
-        "A_log": jnp.zeros(x.shape[settings.mapped + 3], jnp.float32),
-        "dt_bias": dt_bias,
-    }
+    A_log = jnp.zeros(x.shape[dims + 3], jnp.float32)
+    return {"a": x, "A_log": A_log, "dt_bias": dt_bias}

@@ -8,43 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
 
+from jax_gdn._operands import (
+    ARGUMENTS,
+    IMPLEMENTATIONS,
+    SLOTS,
+    STATE_LAYOUTS,
+    Operands,
+    axes_of,
+)
 from jax_gdn._reference import FLOAT32_MAX
-
-_FLOAT32 = ("float32",)
-_FLOATS = ("float32", "bfloat16", "float16")
-_INT32 = ("int32",)
-
-# The argument table: axes (or a choice of them) and dtypes. An axis gets its size
-# where it first appears.
-_ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "q": (("B T H K",), _FLOATS),
-    "k": (("B T H K",), _FLOATS),
-    "v": (("B T HV V",), _FLOATS),
-    "state": (("B HV K V",), _FLOATS),
-    "A_log": (("HV",), _FLOAT32),
-    "a": (("B T HV", "B T HV K"), _FLOATS),
-    "dt_bias": (("HV",), _FLOATS),
-    "b": (("B T HV",), _FLOATS),
-    "output": (("B T HV V",), _FLOATS),
-    "state_indices": (("B",), _INT32),
-    "output_state_indices": (("B", "B T"), _INT32),
-}
-
-
-SLOTS = ("state_indices", "output_state_indices")
-
-
-def axes_of(name: str, arrays: Mapping[str, Any], state_layout: str) -> list[str]:
-    """Returns the axes that an argument must have, given the others."""
-    choices = _ARGUMENTS[name][0]
-    if name == "state":
-        rows = "N" if "state_indices" in arrays else "B"
-        return [rows, "HV", *state_layout]
-    if name == "dt_bias" and getattr(arrays["a"], "ndim", 0) == 4:
-        return ["HV", "K"]
-    rank = getattr(arrays[name], "ndim", 0)
-    fitting = [axes for axes in choices if len(axes.split()) == rank]
-    return (fitting or choices)[0].split()
 
 
 def _shape_text(axes: list[str], sizes: Mapping[str, int]) -> str:
@@ -62,7 +34,7 @@ def as_array(name: str, x: Any) -> Array:
     if isinstance(x, np.ndarray | np.generic):
         return jnp.asarray(_to_int32(name, np.asarray(x)) if name in SLOTS else x)
     hint = f" Pass np.array({name})." if name in SLOTS and x is not None else ""
-    axes = _ARGUMENTS[name][0][0].split()
+    axes = ARGUMENTS[name][0][0].split()
     raise TypeError(
         f"jax_gdn.decode: `{name}` must be an array [{', '.join(axes)}]; "
         f"got {type(x).__name__}.{hint}"
@@ -83,12 +55,12 @@ def _to_int32(name: str, slots: np.ndarray) -> np.ndarray:
     return slots.astype(np.int32)
 
 
-def check_arrays(arrays: Mapping[str, Array], state_layout: str) -> None:
-    """Raises unless the arrays, by argument name, fit the table and each other."""
+def check_operands(operands: Operands, state_layout: str) -> None:
+    """Raises unless the operands fit the table and each other."""
     sizes: dict[str, int] = {}
     sources: dict[str, str] = {}  # the argument that an axis has its size from
-    for name, x in arrays.items():
-        axes = axes_of(name, arrays, state_layout)
+    for name, x in operands.items():
+        axes = axes_of(name, operands, state_layout)
         wrong = len(x.shape) != len(axes)
         # Of the axes that disagree; where their number does, of all that are known.
         origins = [
@@ -106,14 +78,14 @@ def check_arrays(arrays: Mapping[str, Array], state_layout: str) -> None:
         for axis, size in zip(axes, x.shape, strict=True):
             sizes.setdefault(axis, size)
             sources.setdefault(axis, name)
-        dtypes = _ARGUMENTS[name][1]
+        dtypes = ARGUMENTS[name][1]
         if jnp.dtype(x.dtype).name not in dtypes:
             raise TypeError(
                 f"jax_gdn.decode: `{name}` must be {' or '.join(dtypes)}; "
                 f"got {jnp.dtype(x.dtype).name}.{_dtype_hint(name, x)}"
             )
         _check_sizes(name, axes, sizes)
-    if "output_state_indices" in arrays and "state_indices" not in arrays:
+    if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
             "jax_gdn.decode: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
@@ -132,7 +104,7 @@ def _dtype_hint(name: str, x: Array) -> str:
     wanted = jnp.integer if name in SLOTS else jnp.floating
     if not jnp.issubdtype(x.dtype, wanted):
         return ""
-    return f" Cast it: {name}.astype(jnp.{_ARGUMENTS[name][1][0]})."
+    return f" Cast it: {name}.astype(jnp.{ARGUMENTS[name][1][0]})."
 
 
 def _check_sizes(name: str, axes: list[str], sizes: Mapping[str, int]) -> None:
@@ -178,12 +150,12 @@ def check_settings(
             "jax_gdn.decode: `use_qk_l2norm` must be a bool; "
             f"got {type(use_qk_l2norm).__name__}."
         )
-    if state_layout not in ("KV", "VK"):
+    if state_layout not in STATE_LAYOUTS:
         raise ValueError(
             'jax_gdn.decode: `state_layout` must be "KV" or "VK"; '
             f"got {state_layout!r}."
         )
-    if implementation not in (None, "native", "xla"):
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             'jax_gdn.decode: `implementation` must be None, "native" or "xla"; '
             f"got {implementation!r}."

@@ -6,9 +6,21 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_gdn._checks import as_array, axes_of, check_arrays, check_settings
+from jax_gdn._auto_mesh import shard_auto
+from jax_gdn._batching import batched
+from jax_gdn._call import native, reference
+from jax_gdn._checks import as_array, check_operands, check_settings
+from jax_gdn._explicit_mesh import shard_explicit
 from jax_gdn._gradient import differentiable
-from jax_gdn._primitive import OPTIONAL, REQUIRED, Settings
+from jax_gdn._operands import OPTIONAL, Operands, Settings, axes_of
+from jax_gdn._platforms import by_platform
+
+# The layers of a call, the outermost first, each in its file: derivatives, a mesh whose
+# types say what is split, vmap, the platform, a mesh that XLA splits, the native call.
+_CALL = differentiable(
+    shard_explicit(batched(by_platform(shard_auto(native), reference))),
+    shard_explicit(reference),
+)
 
 
 def decode(
@@ -52,7 +64,7 @@ def decode(
 
     Under `jax.vmap` it stays one call, for any arguments but one shared pool. On a mesh
     the split of B and HV is that of the state, and nothing is communicated; a split of
-    K, V or N is gathered. Derivatives, of either mode, are those of the jnp form:
+    K, V or N is gathered. Derivatives, of either mode, are those of the reference:
     reverse mode keeps the operands, so one state for each call, and about 3 T + 4
     states more while it differentiates one.
 
@@ -84,9 +96,9 @@ def decode(
             finds them. Slots in NumPy arrays may have any integer dtype.
         implementation: None, "native" or "xla". "native" is the CUDA kernel (compute
             capability 9.0 and newer; K of 64, 128, 192 or 256, V a multiple of 16) or
-            the host kernel (any K and V). "xla" is the jnp form, on any platform.
+            the host kernel (any K and V). "xla" is the reference, on any platform.
             None takes the native kernel where there is one for the platform and the
-            shapes, else the XLA form, with a warning that names the reason.
+            shapes, else the reference, with a warning that names the reason.
 
     Returns:
         `(out, state)`: out [B, T, HV, V] in the dtype of `output`, or q's without
@@ -106,16 +118,19 @@ def decode(
     """
     check_settings(scale, use_qk_l2norm, state_layout, implementation)
     given = (q, k, v, state, A_log, a, dt_bias, b)
-    optional = (output, state_indices, output_state_indices)
+    given += (output, state_indices, output_state_indices)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
-    return _decode(
+    operands = Operands(
         *(
             x
             if isinstance(x, Array) or (x is None and name in OPTIONAL)
             else as_array(name, x)
-            for name, x in zip(REQUIRED + OPTIONAL, given + optional, strict=True)
-        ),
+            for name, x in zip(Operands._fields, given, strict=True)
+        )
+    )
+    return _decode(
+        operands,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
@@ -128,7 +143,8 @@ def decode(
     static_argnames=("scale", "use_qk_l2norm", "state_layout", "implementation"),
 )
 def _decode(
-    *given: Array | None,
+    operands: Operands,
+    *,
     scale: float | None,
     use_qk_l2norm: bool,
     state_layout: str,
@@ -136,18 +152,18 @@ def _decode(
 ) -> tuple[Array, Array]:
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
-    named = zip(REQUIRED + OPTIONAL, given, strict=True)
-    arrays = {name: x for name, x in named if x is not None}
-    check_arrays(arrays, state_layout)
-    K = arrays["q"].shape[-1]
+    check_operands(operands, state_layout)
+    axes = {
+        name: tuple(axes_of(name, operands, state_layout))
+        for name, _ in operands.items()
+    }
     settings = Settings(
-        operands=tuple(arrays),
-        axes=tuple(tuple(axes_of(name, arrays, state_layout)) for name in arrays),
-        scale=K**-0.5 if scale is None else float(scale),
+        axes=Operands(**axes),
+        scale=operands.q.shape[-1] ** -0.5 if scale is None else float(scale),
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
         implementation=implementation,
     )
     with jax.named_scope("jax_gdn.decode"):
-        out, state = differentiable(settings, *arrays.values())
+        out, state = _CALL(settings, operands)
     return out, state

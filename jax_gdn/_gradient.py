@@ -1,41 +1,42 @@
-"""Derivatives: forward by the call, tangents and cotangents by the jnp form.
+"""Derivatives: forward by the call, tangents and cotangents by the reference.
 
 What reverse mode keeps from the forward pass are the operands, among them the state
-as it was, and nothing else: the jnp form runs again on the way back. So a state that is
-differentiated through is not updated in place, and a scan of steps keeps one state a
-step. `jax.checkpoint` around some steps trades that for time, as elsewhere.
+as it was, and nothing else: the reference runs again on the way back. So a state that
+is differentiated through is not updated in place, and a scan of steps keeps one state
+a step. `jax.checkpoint` around some steps trades that for time, as elsewhere.
 """
 
 import functools as ft
 
 import jax
-from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jax_gdn._batching import batchable
-from jax_gdn._primitive import Settings, xla
-from jax_gdn._sharding import on_mesh
+from jax_gdn._operands import Operands, Results, Settings
+from jax_gdn._sharding import Call
 
 
-def differentiable(settings: Settings, *operands: Array) -> list[Array]:
-    """Stages the call."""
-    call = jax.custom_jvp(ft.partial(on_mesh, settings, batchable))
-    call.defjvp(ft.partial(_jvp, settings, call), symbolic_zeros=True)
-    return call(*operands)
+def differentiable(call: Call, reference: Call) -> Call:
+    """Returns the call with the derivatives of the reference, of either mode."""
 
+    def differentiable(settings: Settings, operands: Operands) -> Results:
+        primal = jax.custom_jvp(ft.partial(call, settings))
 
-def _jvp(settings: Settings, call, primals, tangents):
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+        def jvp(primals, tangents):
+            (operands,), (moves,) = primals, tangents
+            moving = {
+                name: t for name, t in moves.items() if not isinstance(t, SymbolicZero)
+            }
 
-    # Nothing of the jnp form is kept for the way back, and XLA may merge what it can.
-    @ft.partial(jax.checkpoint, prevent_cse=False)
-    def definition(*moved: Array) -> list[Array]:
-        operands = list(primals)
-        for i, x in zip(moving, moved, strict=True):
-            operands[i] = x
-        return on_mesh(settings, xla, *operands)
+            # Nothing of it is kept for the way back, and XLA may merge what it can.
+            @ft.partial(jax.checkpoint, prevent_cse=False)
+            def of_moving(moved: dict) -> Results:
+                return reference(settings, operands._replace(**moved))
 
-    _, results = jax.jvp(
-        definition, [primals[i] for i in moving], [tangents[i] for i in moving]
-    )
-    return call(*primals), results
+            moved = {name: getattr(operands, name) for name in moving}
+            _, results = jax.jvp(of_moving, [moved], [moving])
+            return primal(operands), results
+
+        primal.defjvp(jvp, symbolic_zeros=True)
+        return primal(operands)
+
+    return differentiable

@@ -10,10 +10,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_gdn import _registration
-from jax_gdn._primitive import Settings, xla
-from jax_gdn._sharding import partitioned
+from jax_gdn._operands import Operands, Results, Settings
+from jax_gdn._sharding import Call
 
-_WAY_OUT = 'Pass implementation="xla" for the jnp form, which runs anywhere.'
+_WAY_OUT = 'Pass implementation="xla" for the reference, which runs anywhere.'
 
 # Says, when a program is lowered for a platform without a native kernel, that it
 # is: an identity on one operand that leaves nothing behind. Which platform that is
@@ -33,7 +33,9 @@ def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
         raise NotImplementedError(
             f'jax_gdn.decode: implementation="native" cannot run: {reason}. {_WAY_OUT}'
         )
-    warnings.warn(f"jax_gdn.decode falls back to the XLA form: {reason}.", stacklevel=2)
+    warnings.warn(
+        f"jax_gdn.decode falls back to the reference: {reason}.", stacklevel=2
+    )
     return [x]
 
 
@@ -44,7 +46,7 @@ def _why_not_cuda(settings: Settings, q: Array, v: Array) -> str | None:
     """Returns why the CUDA kernel cannot take these shapes, or None."""
     if _registration.cuda is None:
         return "this build of jax_gdn has no CUDA kernels"
-    B = math.prod(v.shape[: settings.mapped + 1])
+    B = math.prod(v.shape[: settings.num_batch_dims + 1])
     HV, V = v.shape[-2:]
     # The handler itself checks a symbolic B, when it has a value.
     return _registration.cuda.why_unsupported(
@@ -52,24 +54,28 @@ def _why_not_cuda(settings: Settings, q: Array, v: Array) -> str | None:
     )
 
 
-def on_platform(settings: Settings, *operands: Array) -> list[Array]:
-    """Stages the call; what runs is decided when it is lowered for a platform."""
-    if settings.implementation == "xla":
-        return xla(settings, *operands)
-    _registration.require_handlers()
+def by_platform(native: Call, reference: Call) -> Call:
+    """Returns a call that is either, decided when it is lowered for a platform."""
 
-    def without_native(reason: str | None, *operands: Array) -> list[Array]:
-        q = _without_native_p.bind(
-            operands[0], reason=reason, required=settings.implementation == "native"
+    def by_platform(settings: Settings, operands: Operands) -> Results:
+        if settings.implementation == "xla":
+            return reference(settings, operands)
+        _registration.require_handlers()
+
+        def without_native(reason: str | None, operands: Operands) -> Results:
+            required = settings.implementation == "native"
+            q = _without_native_p.bind(operands.q, reason=reason, required=required)
+            return reference(settings, operands._replace(q=q))
+
+        with_native = ft.partial(native, settings)
+        why_not_cuda = _why_not_cuda(settings, operands.q, operands.v)
+        return jax.lax.platform_dependent(
+            operands,
+            cpu=with_native,
+            cuda=ft.partial(without_native, why_not_cuda)
+            if why_not_cuda
+            else with_native,
+            default=ft.partial(without_native, None),
         )
-        return xla(settings, q, *operands[1:])
 
-    native = ft.partial(partitioned, settings)
-    q, v = (operands[settings.index(name)] for name in ("q", "v"))
-    why_not_cuda = _why_not_cuda(settings, q, v)
-    return jax.lax.platform_dependent(
-        *operands,
-        cpu=native,
-        cuda=ft.partial(without_native, why_not_cuda) if why_not_cuda else native,
-        default=ft.partial(without_native, None),
-    )
+    return by_platform

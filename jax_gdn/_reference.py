@@ -1,4 +1,4 @@
-"""The definition of gated-delta-rule decode, in jnp: the text to read first.
+"""The reference of gated-delta-rule decode, in jnp: the text to read first.
 
     g    = -exp(A_log) * softplus(a + dt_bias)                     log decay, <= 0
     beta = sigmoid(b)                                              write strength
@@ -40,14 +40,14 @@ def reference_decode(
 ) -> tuple[Array, Array]:
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    S, tokens, there = state, [q, k, v, a, b], None
+    S, tokens, valid = state, [q, k, v, a, b], None
     read, write = state_indices, output_state_indices
     if read is not None:
         write = read if write is None else write
-        there = (read >= 0) & (read < state.shape[0])  # the other rows are padding
+        valid = (read >= 0) & (read < state.shape[0])  # the other rows are padding
         # Cut off here: no derivative may depend on what padding, or its slot, holds.
-        tokens = [_only(x, there) for x in tokens]
-        S = _read(state, jnp.where(there, read, state.shape[0]))
+        tokens = [_only(x, valid) for x in tokens]
+        S = _read(state, jnp.where(valid, read, state.shape[0]))
     every_token = write is not None and write.ndim == 2
     S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
 
@@ -58,16 +58,16 @@ def reference_decode(
     tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in tokens]
     S, (out, snapshots) = lax.scan(step, S, tokens)
     S = S if snapshots is None else jnp.moveaxis(snapshots, 0, 1)
-    state = _stored(S if state_layout == "KV" else S.mT, state, write, there)
-    out = _only(jnp.moveaxis(out, 0, 1), there)
+    state = _stored(S if state_layout == "KV" else S.mT, state, write, valid)
+    out = _only(jnp.moveaxis(out, 0, 1), valid)
     return out.astype(q.dtype if output is None else output.dtype), state
 
 
-def _only(x, there):
-    """The rows of x, [B, ...], that are there, and 0 for the others; None: all are."""
-    if there is None:
+def _only(x, valid):
+    """The rows of x, [B, ...], that are valid, and 0 for the others; None: all are."""
+    if valid is None:
         return x
-    return jnp.where(jnp.expand_dims(there, range(1, x.ndim)), x, 0)
+    return jnp.where(jnp.expand_dims(valid, range(1, x.ndim)), x, 0)
 
 
 def _read(state, slots):
@@ -114,11 +114,11 @@ def decay_rate(A_log, x):
     return jnp.where(rate > 128, 128, rate)
 
 
-def _stored(S, state, write, there):
+def _stored(S, state, write, valid):
     """Puts S [B, HV, ..], or [B, T, HV, ..], where `write` [B], or [B, T], says."""
     if write is None:
         return S.astype(state.dtype)
-    there = there[:, None] if write.ndim == 2 else there
-    inside = there & (write >= 0) & (write < state.shape[0])
+    valid = valid[:, None] if write.ndim == 2 else valid
+    inside = valid & (write >= 0) & (write < state.shape[0])
     slots = jnp.where(inside, write, state.shape[0])
     return state.at[slots].set(S.astype(state.dtype), mode="drop")

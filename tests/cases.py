@@ -118,7 +118,7 @@ SHAPE_CASES = [
     *(Case(B=1, H=H, HV=HV) for H, HV in HEADS),
     *(Case(K=K, V=V) for K, V in itertools.product(SIZES, SIZES)),
 ]
-# Sizes that only the host kernel and the XLA form take.
+# Sizes that only the host kernel and the reference take.
 ODD_CASES = [
     Case(K=K, V=V, layout=layout, state=state, T=T, per_channel=T == 2)
     for K, V in ((96, 40), (7, 3), (1, 1), (33, 17))

@@ -94,7 +94,7 @@ def test_reloaded_in_a_fresh_process(case, tmp_path):
 def test_both_platforms_hold_the_call():
     text = exported(DENSE).mlir_module()
     assert text.count(f"@{TARGET}") == 1
-    assert "stablehlo.exponential" not in text  # of the jnp form
+    assert "stablehlo.exponential" not in text  # of the reference
 
 
 @pytest.mark.cuda_build

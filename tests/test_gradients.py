@@ -1,4 +1,4 @@
-"""Derivatives against float64 differences and against those of the definition."""
+"""Derivatives against float64 differences and against those of the reference."""
 
 import functools as ft
 
@@ -99,7 +99,7 @@ def test_against_the_definition(case):
 
 
 def test_storage_dtypes():
-    """Gradients have the dtypes of the arguments, and are those of the definition."""
+    """Gradients have the dtypes of the arguments, and are those of the reference."""
     case = Case(**SMALL, state="bfloat16", output="float32")
     arrays = jax.tree.map(jnp.asarray, case.inputs())
     output = jnp.zeros(arrays["v"].shape, jnp.float32)

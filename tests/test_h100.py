@@ -143,7 +143,7 @@ def test_xla_form_for_the_record(h100, record_property):
         passes += len(re.findall(rf"(?:fusion|copy)\([^\n]*%{producer}[,)]", entry))
     record_property("kernels", len(kernels))
     record_property("state passes", passes)
-    print(f"XLA form on an H100: {len(kernels)} kernels, {passes} passes over a state")
+    print(f"reference on an H100: {len(kernels)} kernels, {passes} passes over a state")
     assert len(kernels) > 1
     assert passes > 2
 

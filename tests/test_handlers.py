@@ -14,8 +14,9 @@ from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
 from jax_gdn import _registration
-from jax_gdn._primitive import OPTIONAL, REQUIRED
+from jax_gdn._operands import OPTIONAL, Operands
 
+REQUIRED = tuple(name for name in Operands._fields if name not in OPTIONAL)
 MODULES = ["_cpu", pytest.param("_cuda", marks=pytest.mark.cuda_build)]
 SMALL = {"B": 3, "T": 2, "H": 2, "HV": 4, "K": 64, "V": 32}
 POOL = {"N": 7, "reads": (5, -1, 2)}
@@ -151,7 +152,7 @@ def test_results_that_overlap_are_refused(module):
     to = list(map(Array, results))
     to[0] = Array(to[1].address, results[0].dtype, results[0].shape)
     message = client_of(module).call(list(map(Array, operands)), to, attributes)
-    assert message == "jax_gdn.decode: out must not overlap the new state"
+    assert message == "jax_gdn.decode: the new state must not overlap out"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -61,7 +61,7 @@ def test_host_takes_any_size():
     ],
 )
 def test_fallback_names_its_reason(platform, case, reason):
-    message = f"jax_gdn.decode falls back to the XLA form: {reason}"
+    message = f"jax_gdn.decode falls back to the reference: {reason}"
     with pytest.warns(UserWarning, match=re.escape(message)) as warned:
         assert "custom_call" not in lower(platform, case)
     assert len(warned) == 1

@@ -31,7 +31,7 @@ def run(case: Case, state, implementation="native"):
 
 
 def written_slots(case: Case) -> set[int]:
-    """Returns the slots that the definition writes."""
+    """Returns the slots that the reference writes."""
     writes = case.reads if case.writes is None else case.writes
     rows = zip(case.reads, np.reshape(writes, (case.B, -1)), strict=True)
     slots = {int(w) for r, ws in rows if 0 <= r < case.N for w in ws}

@@ -1,13 +1,13 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu/step.h"
+#include "cpu/state_kernel.h"
 
 namespace jax_gdn {
 
 #define JAX_GDN_DECLARE(isa)                                                      \
   namespace isa {                                                                 \
-  void Decode(const Work& work);                                                  \
+  void Decode(const StateJob& job);                                               \
   void Widen(const Input& x, int64_t first, int64_t count, float* values);        \
   void Round(const float* values, int64_t first, int64_t count, const Output& x); \
   float Dot(const float* x, const float* y, int32_t size);                        \

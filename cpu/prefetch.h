@@ -1,6 +1,6 @@
 // What every pass over a part of a state needs. Compiled once an instruction set.
-#ifndef JAX_GDN_CPU_PASS_H_
-#define JAX_GDN_CPU_PASS_H_
+#ifndef JAX_GDN_CPU_PREFETCH_H_
+#define JAX_GDN_CPU_PREFETCH_H_
 
 #include <cstdint>
 
@@ -19,18 +19,19 @@ constexpr int kLanes = 4;
 
 constexpr DType kFloat = DType::kFloat32;
 
-// Memory that is asked for while there is arithmetic to do, evenly over all of it.
-class Ahead {
+// Prefetches memory while there is arithmetic to do, evenly over all of it.
+class Prefetcher {
  public:
   // `visits`: entries of a state that are passed over in the meantime.
-  Ahead(const void* data, int64_t bytes, int64_t visits)
+  Prefetcher(const void* data, int64_t bytes, int64_t visits)
       : at_(static_cast<const char*>(data)),
         end_(at_ == nullptr ? at_ : at_ + bytes),
-        price_(kLine * visits / bytes) {}
+        visits_per_line_(kLine * visits / bytes) {}
 
   // To be called with every entry that is passed over.
   void Fetch(int64_t visits) {
-    for (credit_ += visits; credit_ >= price_ && at_ < end_; credit_ -= price_) {
+    for (visits_ += visits; visits_ >= visits_per_line_ && at_ < end_;
+         visits_ -= visits_per_line_) {
       __builtin_prefetch(at_, 1, 2);
       at_ += kLine;
     }
@@ -40,8 +41,8 @@ class Ahead {
   static constexpr int64_t kLine = 64;
   const char* at_;
   const char* end_;
-  int64_t price_;  // of a line, in visits
-  int64_t credit_ = 0;
+  int64_t visits_per_line_;
+  int64_t visits_ = 0;
 };
 
 // An entry after a token. Written once: what several tokens of a call leave must be,
@@ -54,4 +55,4 @@ inline F Updated(F s, F k, F u, F decay) {
 }  // namespace
 }  // namespace jax_gdn
 
-#endif  // JAX_GDN_CPU_PASS_H_
+#endif  // JAX_GDN_CPU_PREFETCH_H_

@@ -1,10 +1,10 @@
 // All tokens of one state. Compiled once an instruction set, under the namespace that
 // JAX_GDN_ISA names; includes nothing whose code the linker could share with others.
-#include "cpu/step.h"
+#include "cpu/state_kernel.h"
 
 #include "cpu/columns.h"
 #include "cpu/lanes.h"
-#include "cpu/pass.h"
+#include "cpu/prefetch.h"
 #include "cpu/rows.h"
 
 namespace jax_gdn {
@@ -18,13 +18,13 @@ constexpr int kAtOnce = 4, kAtOnceOfTile = 2;
 // one part before the next part; returns the first that is left. kKeeps: through the
 // tile, which several tokens need, and which spares widening 16 bits twice.
 template <typename Of, DType kType, bool kKeeps>
-int32_t DecodeParts(const Work& work, int32_t j, Ahead& ahead) {
+int32_t DecodeParts(const StateJob& job, int32_t j, Prefetcher& ahead) {
   static_assert(!kKeeps || Of::kSize <= kTileWidth);
-  const Token* const last = work.tokens + work.count - 1;
-  for (; j + Of::kSize <= work.V; j += Of::kSize) {
-    Of part(work, j);
-    part.template Sum<kType, kKeeps>(work.from, *work.tokens, ahead);
-    for (const Token* x = work.tokens; kKeeps && x < last; ++x) {
+  const Token* const last = job.tokens + job.count - 1;
+  for (; j + Of::kSize <= job.V; j += Of::kSize) {
+    Of part(job, j);
+    part.template Sum<kType, kKeeps>(job.from, *job.tokens, ahead);
+    for (const Token* x = job.tokens; kKeeps && x < last; ++x) {
       part.Finish(*x);
       if (x->to == nullptr) {
         part.template UpdateAndSum<kType, false>(*x, x[1], ahead);
@@ -34,31 +34,32 @@ int32_t DecodeParts(const Work& work, int32_t j, Ahead& ahead) {
     }
     part.Finish(*last);
     if (last->to == nullptr) continue;
-    part.template Update<kType, kKeeps>(work.from, *last, ahead);
+    part.template Update<kType, kKeeps>(job.from, *last, ahead);
   }
   return j;
 }
 
 template <DType kType, bool kKeeps>
-void DecodeAs(const Work& work) {
-  const int64_t entries = int64_t{work.K} * work.V;
-  Ahead ahead(work.ahead, entries * SizeOf(kType), entries * (work.count + 1));
+void DecodeAs(const StateJob& job) {
+  const int64_t entries = int64_t{job.K} * job.V;
+  Prefetcher ahead(job.ahead, entries * SizeOf(kType), entries * (job.count + 1));
   int32_t j = 0;
-  if (work.layout == Layout::kKV) {
+  if (job.layout == Layout::kKV) {
     using Wide = Columns<kLanes, kKeeps ? kAtOnceOfTile : kAtOnce>;
-    j = DecodeParts<Wide, kType, kKeeps>(work, j, ahead);
-    j = DecodeParts<Columns<kLanes, 1>, kType, kKeeps>(work, j, ahead);
-    DecodeParts<Columns<1, 1>, kType, kKeeps>(work, j, ahead);
+    j = DecodeParts<Wide, kType, kKeeps>(job, j, ahead);
+    j = DecodeParts<Columns<kLanes, 1>, kType, kKeeps>(job, j, ahead);
+    DecodeParts<Columns<1, 1>, kType, kKeeps>(job, j, ahead);
   } else {
-    j = DecodeParts<Two<Rows<kLanes == 16 ? 8 : 4>>, kType, kKeeps>(work, j, ahead);
-    DecodeParts<Rows<1>, kType, kKeeps>(work, j, ahead);
+    j = DecodeParts<Interleaved<Rows<kLanes == 16 ? 8 : 4>>, kType, kKeeps>(job, j,
+                                                                            ahead);
+    DecodeParts<Rows<1>, kType, kKeeps>(job, j, ahead);
   }
 }
 
 template <DType kType>
-void DecodeAs(const Work& work) {
-  return work.count > 1 || kType != kFloat ? DecodeAs<kType, true>(work)
-                                           : DecodeAs<kType, false>(work);
+void DecodeAs(const StateJob& job) {
+  return job.count > 1 || kType != kFloat ? DecodeAs<kType, true>(job)
+                                          : DecodeAs<kType, false>(job);
 }
 
 template <DType kType>
@@ -83,14 +84,14 @@ void RoundAs(const float* values, void* to, int64_t first, int64_t count) {
 
 namespace JAX_GDN_ISA {
 
-void Decode(const Work& work) {
-  switch (work.dtype) {
+void Decode(const StateJob& job) {
+  switch (job.dtype) {
     case DType::kFloat32:
-      return DecodeAs<DType::kFloat32>(work);
+      return DecodeAs<DType::kFloat32>(job);
     case DType::kBFloat16:
-      return DecodeAs<DType::kBFloat16>(work);
+      return DecodeAs<DType::kBFloat16>(job);
     case DType::kFloat16:
-      return DecodeAs<DType::kFloat16>(work);
+      return DecodeAs<DType::kFloat16>(job);
   }
 }
 

@@ -1,8 +1,8 @@
 // All tokens of one state: the passes over memory that the host kernel is made of.
 //
-// step.cc is compiled once an instruction set.
-#ifndef JAX_GDN_CPU_STEP_H_
-#define JAX_GDN_CPU_STEP_H_
+// state_kernel.cc is compiled once an instruction set.
+#ifndef JAX_GDN_CPU_STATE_KERNEL_H_
+#define JAX_GDN_CPU_STATE_KERNEL_H_
 
 #include <cstdint>
 #include <vector>
@@ -28,7 +28,7 @@ struct Token {
 constexpr int32_t kTileWidth = 32;
 
 // All tokens of one state.
-struct Work {
+struct StateJob {
   Layout layout;
   DType dtype;  // of the state
   int32_t K, V;
@@ -36,13 +36,13 @@ struct Work {
   const Token* tokens;
   int64_t count;
   float* tile;        // [kTileWidth, K], aligned: a part of the state between tokens
-  const void* ahead;  // a state that is read next and asked for meanwhile, or null
+  const void* ahead;  // a state that is read next and prefetched meanwhile, or null
 };
 
 // What is compiled for an instruction set.
 struct Kernels {
   const char* name;  // of the instruction set
-  void (*decode)(const Work& work);
+  void (*decode)(const StateJob& job);
   // Elements [first, first + count) of a buffer to float32, and from it, rounded once.
   void (*widen)(const Input& x, int64_t first, int64_t count, float* values);
   void (*round)(const float* values, int64_t first, int64_t count, const Output& x);
@@ -60,4 +60,4 @@ bool ChooseKernels(const char* name);
 
 }  // namespace jax_gdn
 
-#endif  // JAX_GDN_CPU_STEP_H_
+#endif  // JAX_GDN_CPU_STATE_KERNEL_H_
