@@ -3,9 +3,8 @@
 //     S   <- exp(g) S;  u <- beta (v - k^T S);  S <- S + k u^T;  out <- scale q^T S
 //
 // in one pass a token: with p = k^T exp(g) S_old and r = q^T exp(g) S_old, one
-// reduction over K gives u = beta (v - p) and out = r + (q.k) u (scale folded into q),
-// and S_new = exp(g) S_old + k u^T is made from the registers that hold S_old. There
-// the state stays, as float32, until the last token is done.
+// reduction over K gives u = beta (v - p) and out = r + (q.k) u (scale folded into q).
+// The state stays in registers, as float32, until the last token is done.
 //
 // A block owns the K x VT tile of one state. A thread owns C neighbouring columns, one
 // access. Row r is of class r / 4 mod 16, and a thread has all rows of 16 / G
@@ -21,8 +20,8 @@
 // changes a bit: the rows of a class in order, then the classes as one balanced tree,
 // neighbours first. Its levels fall inside a thread, between lanes, or between warps.
 //
-// Threads of a single-token kernel load their own entries of q and k; where there may be
-// more tokens, they are staged in shared memory (see decode.cuh).
+// Threads of a single-token kernel load their own entries of q and k; where there may
+// be more tokens, they are staged in shared memory (see decode.cuh).
 
 #ifndef JAX_GDN_CUDA_KV_CUH_
 #define JAX_GDN_CUDA_KV_CUH_

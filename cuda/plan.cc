@@ -37,8 +37,8 @@ bool Fits(const KernelSpec& spec, const DecodeParams& params) {
 }
 
 // By the number of states alone: small tiles give a small batch enough blocks to fill
-// the chip; large ones read longer rows ("KV") or more of them ("VK"). Of kernels that
-// were tuned for as many states, the one for the fewest; else the one for the most.
+// the chip. Of kernels tuned for as many states, the one for the fewest; else the one
+// for the most.
 const Kernel* ChooseKernel(const DecodeParams& params) {
   const int64_t states = params.B * params.HV;
   const auto is_better = [&](const KernelSpec& a, const KernelSpec& b) {

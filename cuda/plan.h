@@ -65,8 +65,7 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
 // Whether the kernel computes what these parameters ask for.
 bool Fits(const KernelSpec& spec, const DecodeParams& params);
 
-// The kernel to take, of those that fit. There always is one for parameters that
-// `WhyUnsupported` has nothing against.
+// The kernel to take; there is one unless `WhyUnsupported` says why not.
 const Kernel* ChooseKernel(const DecodeParams& params);
 
 dim3 GridOf(const KernelSpec& spec, const DecodeParams& params);
@@ -75,8 +74,7 @@ dim3 GridOf(const KernelSpec& spec, const DecodeParams& params);
 CudaStatus Launch(const Kernel& kernel, const DecodeParams& params,
                   cudaStream_t stream);
 
-// Loads every kernel onto the current device, so that no launch does first-use
-// work (which CUDA forbids while a graph is captured).
+// Loads every kernel onto the current device: CUDA forbids that while it captures.
 CudaStatus LoadKernels();
 
 }  // namespace jax_gdn
