@@ -181,11 +181,13 @@ std::vector<nb::dict> KernelTable() {
     row["state"] = types.at(spec.state);
     row["K"] = spec.K;
     row["VT"] = spec.VT;
+    row["columns"] = spec.columns;
     row["single_token"] = spec.single_token;
     row["per_channel"] = spec.per_channel;
     row["streaming"] = spec.caching == Caching::kStreaming;
     row["min_blocks"] = spec.min_blocks;
     row["prefetch_distance"] = spec.prefetch_distance;
+    row["prefetch_first"] = spec.prefetch_first;
     row["max_states"] = spec.max_states;
     table.push_back(row);
   }

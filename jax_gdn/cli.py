@@ -85,7 +85,7 @@ def _info() -> int:
     }
     if cuda is not None:
         text = "CUDA {}.{} runtime, architectures ".format(*cuda.CUDA_VERSION)
-        text += f"{cuda.ARCHITECTURES}, {len(cuda.kernel_symbols())} kernels"
+        text += f"{cuda.ARCHITECTURES}, {len(cuda.kernels())} kernels"
         rows["CUDA module"] = _module_text(cuda, text)
     for device in jax.devices():
         name = f"{device.device_kind} ({device.platform})"
