@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = ("bench", "compare", "replay", "layers", "counters", "accuracy", "scaling")
-COMMANDS += ("picture",)
+COMMANDS += ("picture", "ptx")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

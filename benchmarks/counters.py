@@ -2,7 +2,7 @@
 
 Sectors and requests of global memory, wavefronts and conflicts of shared memory. Runs
 itself under `ncu`, which reads the counters of every launch. Needs a GPU, ncu and
-cuobjdump, and PYTHONPATH=tests, for the machine is in tests/ptx.
+cuobjdump.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import jax
 
 import jax_gdn
 from tests.cases import Case
+from tests.kernels import launch, module
 
 from .machine import machine
 from .options import output_file, write_json
@@ -30,28 +31,17 @@ METRICS = {
     "shared wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
     "bank conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
 }
-# Batches that take each "step" kernel of a layout and a state's dtype.
-BATCHES = {
-    ("KV", "float32"): (1, 3, 5, 9),
-    ("KV", "bfloat16"): (1, 5, 9, 129),
-    ("VK", "float32"): (1, 5, 33),
-    ("VK", "bfloat16"): (1, 5),
-}
-CASES = [
-    case
-    for (layout, state), batches in BATCHES.items()
-    for case in (
-        *(Case(B=B, H=16, HV=32, layout=layout, state=state) for B in batches),
-        Case(T=4, layout=layout, state=state),
-    )
-]
+
+
+def cases() -> list[Case]:
+    """A call for each kernel of K = 128, which are those that were tuned."""
+    kernels = (one for one in module.instances() if one.K == 128)
+    return [launch.planned_case(one) for one in kernels]
 
 
 def of_machine(case: Case) -> tuple[str, dict[str, int]]:
     """Returns the kernel, and its counts."""
-    from ptx import launch
-
-    result = launch.decode(case.inputs(), **case.settings, out_dtype=case.out_dtype)
+    result = launch.run(case)
     counters = result.counters
     traffic, shared = counters.traffic.values(), counters.shared.values()
     counts = {
@@ -67,7 +57,7 @@ def of_machine(case: Case) -> tuple[str, dict[str, int]]:
 
 def run_on_chip() -> None:
     """Launches every case, one kernel each."""
-    for case in CASES:
+    for case in cases():
         arrays = jax.device_put(case.inputs())
         call = ft.partial(jax_gdn.decode, **case.settings, implementation="native")
         jax.block_until_ready(jax.jit(call)(**arrays))
@@ -99,7 +89,7 @@ def of_chip() -> list[tuple[str, dict[str, int]]]:
 
 def compare() -> list[dict[str, Any]]:
     results = []
-    for case, (kernel, chip) in zip(CASES, of_chip(), strict=True):
+    for case, (kernel, chip) in zip(cases(), of_chip(), strict=True):
         symbol, machine = of_machine(case)
         if symbol != kernel:
             raise RuntimeError(f"the chip ran {kernel}, the machine {symbol}")

@@ -98,12 +98,13 @@ __device__ __forceinline__ VectorFrag<S> Widen(const VectorRegs<S>& regs, DType 
   return frag;
 }
 
-// Where in shared memory element i lies, a multiple of kPiece: the first piece of all
-// lanes, then the second, so that neighbouring lanes meet no bank twice.
+// In shared memory lies the first piece of all lanes, then the second, so that
+// neighbouring lanes meet no bank twice. The element at offset j, a multiple of 4.
 template <typename S>
-__device__ __forceinline__ int SmemOffset(int i) {
-  const int part = i / (S::kWidth * S::kLanes), lane = i / S::kWidth % S::kLanes;
-  return (part * S::kWidth + i % S::kWidth) * S::kLanes + S::kPiece * lane;
+__device__ __forceinline__ int ElementAt(int j) {
+  const int piece = j / (S::kPiece * S::kLanes), lane = j / S::kPiece % S::kLanes;
+  constexpr int kPieces = S::kWidth / S::kPiece;  // of a lane and part
+  return (piece / kPieces * S::kLanes + lane) * S::kWidth + piece % kPieces * S::kPiece;
 }
 
 template <typename S, int K>
@@ -196,11 +197,12 @@ template <typename T>
 __device__ __forceinline__ void StageDecay(const BlockCoord<T>& at, int64_t t, int lane,
                                            float A_log, float (&to)[T::K]) {
   const DecodeParams& p = at.p;
-  for (int i = 4 * lane; i < T::K; i += 128) {
+  for (int j = 4 * lane; j < T::K; j += 128) {
+    const int i = ElementAt<typename T::Slice>(j);
     const float4 a = Widen(LoadRaw<4>(p.a, at.Head(t) * int64_t{T::K} + i), p.a.dtype);
     const float4 bias =
         Widen(LoadRaw<4>(p.dt_bias, int64_t{at.hv} * T::K + i), p.dt_bias.dtype);
-    reinterpret_cast<float4&>(to[SmemOffset<typename T::Slice>(i)]) = {
+    reinterpret_cast<float4&>(to[j]) = {
         Decay(A_log, a.x + bias.x), Decay(A_log, a.y + bias.y),
         Decay(A_log, a.z + bias.z), Decay(A_log, a.w + bias.w)};
   }

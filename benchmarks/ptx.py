@@ -1,21 +1,20 @@
-"""What each kernel instance needs and costs: `python -m ptx.report` in tests/.
+"""Prints what each CUDA kernel needs and costs, without a GPU.
 
-Counts come from the machine and from ptxas; the bound is arithmetic on them. It says
-what would limit an H200 that hides every latency, not how long a launch takes.
+Counts come from the tests' PTX machine and from ptxas; the bound is arithmetic on them.
+It says what would limit an H200 that hides every latency, not how long a launch takes.
+Needs cuobjdump.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 
-import ml_dtypes
-import numpy as np
-
-from ptx import launch, module, sass
-from ptx.counters import SECTOR
-from ptx.lanes import WARP
-from ptx.program import class_of
+from tests.kernels import launch, module
+from tests.ptxcheck.counters import SECTOR
+from tests.ptxcheck.lanes import WARP
+from tests.ptxcheck.program import class_of
 
 # A Hopper SM (CUDA programming guide, compute capability 9.0).
 REGISTERS = 65536
@@ -75,27 +74,6 @@ def resident_blocks(registers: int, threads: int, shared_bytes: int) -> int:
     return min(by_registers, SHARED_BYTES // shared, MAX_THREADS // threads, MAX_BLOCKS)
 
 
-def inputs(one: module.Instance, V: int) -> dict[str, np.ndarray]:
-    """One state of a call with bfloat16 operands, the common case."""
-    rng = np.random.default_rng(0)
-
-    def array(*shape, dtype: np.typing.DTypeLike = ml_dtypes.bfloat16):
-        return rng.standard_normal(shape).astype(dtype)
-
-    K = one.K
-    state = np.dtype(getattr(ml_dtypes, one.state, one.state))
-    return {
-        "q": array(1, 1, 1, K),
-        "k": array(1, 1, 1, K),
-        "v": array(1, 1, 1, V),
-        "state": array(1, 1, *((K, V) if one.layout == "KV" else (V, K)), dtype=state),
-        "A_log": array(1, dtype=np.float32),
-        "a": array(1, 1, 1),
-        "dt_bias": array(1, dtype=np.float32),
-        "b": array(1, 1, 1),
-    }
-
-
 def instructions(result: launch.Result) -> collections.Counter:
     """Instructions executed by warps, by class."""
     counts = collections.Counter()
@@ -107,13 +85,12 @@ def instructions(result: launch.Result) -> collections.Counter:
 
 def measure(symbol: str) -> Row:
     """Runs an instance and adds up what one of its blocks costs."""
-    one = module.instance_of(symbol)
-    K, VT = one.K, one.VT
-    V = K if one.step else max(VT, 16)  # no smaller one is planned
-    blocks = V // VT
-    result = launch.decode(inputs(one, V), state_layout=one.layout, kernel=symbol)
-    counters, threads = result.counters, result.plan["block"][0]
-    resources = module.resources()[symbol]
+    one = module.of_symbol(symbol)
+    V = one.K if one.single_token else one.VT
+    K, VT, blocks = one.K, one.VT, V // one.VT
+    result = launch.run(one.case(B=1, HV=1, V=V), kernel=symbol)
+    counters, threads = result.counters, one.threads
+    resources = module.binary().resources[symbol]
     sectors = {
         name: sum(counters.distinct_sectors(name, write) for write in (False, True))
         / blocks
@@ -142,7 +119,7 @@ def measure(symbol: str) -> Row:
         wavefronts=wavefronts,
         conflicts=sum(t.conflicts for t in counters.shared.values()),
         per_element=issued * WARP / (K * VT),
-        late_loads=sass.late_loads(module.sass()[symbol], one.access_bytes),
+        late_loads=module.late_loads(one),
         memory_cycles=(state + sum(sectors.values())) * SECTOR / BYTES_PER_CYCLE,
         lsu_cycles=wavefronts + global_wavefronts + counts.get("shuffle", 0),
         arithmetic_cycles=max(
@@ -171,8 +148,8 @@ COLUMNS = {
     "bound": lambda r: r.bound,
 }
 NOTES = f"""\
-Written by `python -m ptx.report` in tests/: counted by the PTX machine and read from
-what ptxas made for sm_90; nothing here was timed. One block of each instance, with
+Written by `python -m benchmarks ptx`: counted by the PTX machine and read from what
+ptxas made for sm_90; nothing here was timed. One block of each instance, with
 bfloat16 operands, T = 1. Sectors have 32 bytes and are distinct for the block.
 
 Late loads are state loads that the machine code issues after it has waited for a load
@@ -197,11 +174,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Prints the report."""
-    rows = [measure(symbol) for symbol in module.kernels()]
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(given: argparse.Namespace) -> None:
+    rows = [measure(one.symbol) for one in module.instances()]
     print(f"# The kernels, without a GPU\n\n{table(rows)}\n\n{NOTES}", end="")
-
-
-if __name__ == "__main__":
-    main()

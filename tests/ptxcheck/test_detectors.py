@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ptx import fault, fixtures
-from ptx.fault import FaultError
-from ptx.program import PREFETCH
+from . import fault, fixtures
+from .fault import FaultError
+from .program import PREFETCH
 
 LAST = "st.global.u32 [%rd2], %r6; ret;"
 

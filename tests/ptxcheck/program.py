@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.fault import OUT_OF_BOUNDS, UnsupportedError
-from ptx.memory import SHARED_BASE
-from ptx.opcodes import NUMPY_TYPES, OPERATIONS
-from ptx.parser import (
+from .fault import OUT_OF_BOUNDS, UnsupportedError
+from .memory import SHARED_BASE
+from .opcodes import NUMPY_TYPES, OPERATIONS
+from .parser import (
     Address,
     Immediate,
     Instruction,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptx import floats
+from . import floats
 
 F32 = np.float32
 SMALLEST = 2.0**-149

@@ -11,8 +11,8 @@ import functools
 
 import numpy as np
 
-from ptx.fault import FaultError
-from ptx.parser import Instruction
+from .fault import FaultError
+from .parser import Instruction
 
 WARP = 32
 

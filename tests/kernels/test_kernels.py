@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, Case
-from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
+from tests.cases import CASES, DTYPES, Case
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
-from ptx import launch, module
-from ptx.launch import FIRST_ADDRESS, SPACING
-from ptx.memory import Buffer
-from ptx.program import PREFETCH, SLEEP
+from tests.kernels import launch, module
+from tests.kernels.launch import FIRST_ADDRESS, SPACING
+from tests.ptxcheck.memory import Buffer
+from tests.ptxcheck.program import PREFETCH, SLEEP
 
 pytestmark = pytest.mark.usefixtures("built")
 INSTANCES = module.instances()

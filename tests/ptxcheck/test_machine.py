@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ptx import fixtures, machine
-from ptx.fault import RUNAWAY, FaultError, UnsupportedError
+from . import fixtures, machine
+from .fault import RUNAWAY, FaultError, UnsupportedError
 
 COPY = "ld.global.u32 %r6, [%rd1]; st.global.u32 [%rd2], %r6; ret;"
 LAST = "st.global.u32 [%rd2], %r6; ret;"
@@ -187,12 +187,48 @@ def test_what_has_arrived_touches_no_shared_memory():
         fixtures.run(HANDED_ON.replace("bar.arrive 1, 64;", after) + LAST)
 
 
-@pytest.mark.parametrize(
-    "barrier", ["bar.sync 1, 32;", "bar.sync 2, 64;", "bar.sync 1;"]
-)
-def test_barrier_of_other_numbers_is_refused(barrier):
+@pytest.mark.parametrize("barrier", ["bar.sync 1;", "bar.sync 16, 64;", "bar.sync 0, 64;"])
+def test_barrier_of_no_such_form_is_refused(barrier):
     with pytest.raises(UnsupportedError):
         fixtures.run(HANDED_ON.replace("bar.sync 1, 64;", barrier) + LAST)
+
+
+@pytest.mark.parametrize(
+    ("barrier", "says"),
+    [("bar.sync 1, 32;", "another number"), ("bar.sync 2, 64;", "first 32")],
+)
+def test_barrier_of_other_threads_does_not_pass(barrier, says):
+    with pytest.raises(FaultError, match=says):
+        fixtures.run(HANDED_ON.replace("bar.sync 1, 64;", barrier) + LAST)
+
+
+# Two warps of four exchange words; the others do without.
+IN_PART = """mov.u32 %r6, 0; setp.ge.u32 %p1, %r1, 64; @%p1 bra $rest;
+    st.shared.u32 [%r4], %r1;
+    bar.sync 2, 64;
+    mad.lo.s32 %r7, %r1, -8, 252; add.s32 %r8, %r4, %r7;
+    ld.shared.u32 %r6, [%r8];
+    $rest:
+    """
+
+
+def test_barrier_of_a_part_of_the_block():
+    outcome = fixtures.run(IN_PART + LAST, threads=128, blocks=2)
+    assert outcome.out.tolist() == [*range(63, -1, -1), *[0] * 64] * 2
+    with pytest.raises(FaultError, match="race"):
+        fixtures.run(IN_PART.replace("bar.sync 2, 64;", "") + LAST, threads=128)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_nothing_orders_the_rest_of_the_block(before):
+    """What it does in shared memory is refused, up to a barrier of all."""
+    touch = "@%p1 st.shared.u32 [%r4], %r1;"
+    body = IN_PART.replace("@%p1 bra", f"{touch} @%p1 bra") if before else IN_PART + touch
+    with pytest.raises(UnsupportedError):
+        fixtures.run(body + LAST, threads=128)
+    meet = "bar.sync 0;"
+    body = body.replace(touch, touch + meet if before else meet + touch)
+    fixtures.run(body + LAST, threads=128)
 
 
 def test_one_block_may_pass_a_barrier_that_another_never_reaches():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ptx import module, report
+from benchmarks import ptx
+from tests.kernels import module
 
 
 @pytest.mark.parametrize(
@@ -20,13 +21,13 @@ from ptx import module, report
     ],
 )
 def test_resident_blocks(registers, threads, shared, blocks):
-    assert report.resident_blocks(registers, threads, shared) == blocks
+    assert ptx.resident_blocks(registers, threads, shared) == blocks
 
 
 @pytest.mark.usefixtures("built")
 def test_every_instance_has_a_row():
-    rows = [report.measure(symbol) for symbol in module.kernels()]
-    table = report.table(rows)
+    rows = [ptx.measure(one.symbol) for one in module.instances()]
+    table = ptx.table(rows)
     for row in rows:
         assert row.symbol in table
         assert row.spill_bytes == row.late_loads == 0

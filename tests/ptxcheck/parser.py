@@ -1,7 +1,7 @@
 """PTX text to kernels: a list of instructions, and what they name.
 
-Takes the subset that nvcc writes for our kernels; a directive outside it raises
-`UnsupportedError`, as a scope with declarations of its own does. What an opcode means
+Takes a subset of what nvcc writes; a directive outside it raises `UnsupportedError`, as
+a scope with declarations of its own does. What an opcode means
 is not known here.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from ptx.fault import UnsupportedError
+from .fault import UnsupportedError
 
 SIZES = {
     **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
@@ -79,7 +79,6 @@ class Kernel:
     registers: dict[str, str] = dataclasses.field(default_factory=dict)  # name: type
     shared: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     shared_bytes: int = 0
-    dynamic_shared: str | None = None
     code: list[Instruction] = dataclasses.field(default_factory=list)
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -92,7 +91,7 @@ _PARAMETER = re.compile(
 )
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w$]+)(?:<(\d+)>)?$")
 _SHARED = re.compile(
-    r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?$"
+    r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?$"
 )
 # Hints to ptxas that change no result.
 _HINT = re.compile(r'\.pragma\s+"(nounroll|used_bytes_mask \w+)"$')
@@ -202,21 +201,17 @@ class _Body:
             names = [f"{name}{i}" for i in range(int(count))] if count else [name]
             self.kernel.registers.update(dict.fromkeys(names, kind))
         elif match := _SHARED.match(text):
-            declare_shared(self.kernel, match)
+            self._declare_shared(match)
         else:
             raise UnsupportedError(f"line {line}: `{text}`")
 
-
-def declare_shared(kernel: Kernel, match: re.Match) -> None:
-    """Lays a shared variable out behind those before it."""
-    extern, align, kind, name, count = match.groups()
-    offset = _round_up(kernel.shared_bytes, int(align or SIZES[kind]))
-    if extern:
-        kernel.dynamic_shared, size = name, 0
-    else:
+    def _declare_shared(self, match: re.Match) -> None:
+        """Lays a shared variable out behind those before it."""
+        align, kind, name, count = match.groups()
+        offset = _round_up(self.kernel.shared_bytes, int(align or SIZES[kind]))
         size = SIZES[kind] * int(count or 1)
-    kernel.shared[name] = (offset, size)
-    kernel.shared_bytes = offset + size
+        self.kernel.shared[name] = (offset, size)
+        self.kernel.shared_bytes = offset + size
 
 
 def _max_threads(directives: str) -> int | None:
@@ -236,7 +231,6 @@ def parse(text: str) -> dict[str, Kernel]:
     """Returns the entry functions of a PTX module by name."""
     text = _COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text)
     kernels: dict[str, Kernel] = {}
-    external: list[re.Match] = []
     position = 0
     while (position := _SPACE.match(text, position).end()) < len(text):
         if header := _HEADER.match(text, position):
@@ -244,15 +238,8 @@ def parse(text: str) -> dict[str, Kernel]:
         elif entry := _ENTRY.match(text, position):
             kernel = Kernel(entry[1], _parameters(entry[2]), _max_threads(entry[3]))
             position = _Body(kernel).read(text, entry.end())
-            for declaration in external:
-                declare_shared(kernel, declaration)
             kernels[kernel.name] = kernel
         else:
-            end = text.find(";", position)
-            shared = _SHARED.match(text[position:end].strip())
-            if end < 0 or shared is None or not shared[1]:
-                line = text.count("\n", 0, position) + 1
-                raise UnsupportedError(f"line {line}: `{text[position:].split()[0]}`")
-            external.append(shared)
-            position = end + 1
+            line = text.count("\n", 0, position) + 1
+            raise UnsupportedError(f"line {line}: `{text[position:].split()[0]}`")
     return kernels

@@ -5,22 +5,23 @@ runs until it branches, ends, waits, or meets the next group and joins it: so th
 come together again as soon as the code lets them. Nothing measured or detected depends
 on this order, except how warps that diverged are counted.
 
-bar.sync waits for every thread of the block, at the same instruction; one that has
-ended or stands elsewhere is a defect. Of barrier 1, some may have said so by bar.arrive
-instead, after which they touch no shared memory until it passes. shfl.sync and
-bar.warp.sync wait for the lanes of their mask.
+bar.sync waits for every thread of the block, or as many as it names, at the same
+instruction; one that has ended or stands elsewhere is a defect. Where a named barrier
+is one of the whole block, some may have come to it by bar.arrive, after which they
+touch no shared memory until it passes. shfl.sync and bar.warp.sync wait for the lanes
+of their mask.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ptx import fault
-from ptx.counters import Counters
-from ptx.lanes import WARP, Lanes, Launch, Site
-from ptx.memory import GlobalMemory, SharedMemory
-from ptx.parser import Instruction, Vector
-from ptx.program import SHUFFLES, Program, unknown
+from . import fault
+from .counters import Counters
+from .lanes import WARP, Lanes, Launch, Site
+from .memory import GlobalMemory, SharedMemory
+from .parser import Instruction, Vector
+from .program import SHUFFLES, Program, unknown
 
 BATCH_THREADS = 8192  # together; more fall out of the cache
 WAITING = ("bar.sync", "bar.warp.sync", *SHUFFLES)  # count when they pass
@@ -33,7 +34,6 @@ def run(
     launch: Launch,
     memory: GlobalMemory,
     arguments: bytes,
-    dynamic_shared: int = 0,
     approximate_by: float = 0,
     blocks: range | None = None,
 ) -> Counters:
@@ -48,13 +48,12 @@ def run(
         raise launch.fault(fault.BLOCK_SIZE, f"{launch.threads} threads of {limit}")
     counters = Counters(len(kernel.code))
     together = max(1, BATCH_THREADS // launch.threads)
-    shared_bytes = kernel.shared_bytes + dynamic_shared
     blocks = range(launch.blocks) if blocks is None else blocks
     with np.errstate(all="ignore"):
         for first in range(blocks.start, blocks.stop, together):
             count = min(together, blocks.stop - first)
             shared = SharedMemory(
-                launch, count, shared_bytes, program.granule["shared"]
+                launch, count, kernel.shared_bytes, program.granule["shared"]
             )
             batch = Batch(program, launch, first, count, memory, shared, counters)
             batch.arguments = np.frombuffer(arguments, np.uint8)
@@ -91,7 +90,10 @@ class Batch:
         # Groups by place; `waiting` at bar.sync or for lanes of a warp.
         self.ready: dict[int, Lanes] = {}
         self.waiting: dict[int, Lanes] = {}
-        self.arrived = np.zeros(self.count, bool)  # by bar.arrive, at barrier 1
+        # Numbers of the named barriers that threads have come to by bar.arrive.
+        self.arrived = np.zeros(self.count, np.int8)
+        # Threads that are to touch no shared memory before the whole block has met.
+        self.apart = np.zeros(self.count, bool)
         self.steps = 0
         self.controls = {
             "bra": self._branch,
@@ -156,7 +158,7 @@ class Batch:
 
     def load_shared(self, pc, lanes, addresses, access) -> np.ndarray:
         """Returns [lanes, items]."""
-        self._require_not_arrived(pc, lanes)
+        self._require_not_apart(pc, lanes)
         site = self.site(self.code[pc], lanes)
         values = self.shared.read(site, addresses, access.dtype, access.items)
         self.counters.count_shared(pc, site, addresses, access.width)
@@ -164,7 +166,7 @@ class Batch:
 
     def store_shared(self, pc, lanes, addresses, values) -> None:
         """Stores [lanes, items]."""
-        self._require_not_arrived(pc, lanes)
+        self._require_not_apart(pc, lanes)
         site = self.site(self.code[pc], lanes)
         self.shared.write(site, addresses, values)
         width = values.dtype.itemsize * values.shape[1]
@@ -237,26 +239,30 @@ class Batch:
         target = self.program.kernel.labels[self.code[pc].operands[0].name]
         self._join(self.ready, target, lanes)
 
-    def _barrier_number(self, pc: int) -> int:
-        """0, of all threads, or 1, with the number of all threads."""
+    def _barrier_of(self, pc: int) -> tuple[int, int]:
+        """Number and threads: 0 is of the whole block, others say whose they are."""
         number, *count = (operand.value for operand in self.code[pc].operands)
-        if (number, count) not in ((0, []), (1, [self.launch.threads])):
+        threads = count[0] if count else self.launch.threads
+        fits = threads % WARP == 0 and 0 < threads <= self.launch.threads
+        if bool(count) != (0 < number < 16) or not fits:
             raise unknown(self.code[pc])
-        return number
+        return number, threads
 
     def _barrier(self, pc: int, lanes: Lanes) -> None:
-        self._barrier_number(pc)
+        self._barrier_of(pc)
         self._join(self.waiting, pc, lanes)
 
     def _arrive(self, pc: int, lanes: Lanes) -> None:
-        if self._barrier_number(pc) != 1:
+        number, threads = self._barrier_of(pc)
+        if number == 0 or threads != self.launch.threads:
             raise unknown(self.code[pc])
-        self._require_not_arrived(pc, lanes)
-        self.arrived[lanes.index] = True
+        self._require_not_apart(pc, lanes)
+        self.arrived[lanes.index] = number
+        self.apart[lanes.index] = True
         self._join(self.ready, pc + 1, lanes)
 
-    def _require_not_arrived(self, pc: int, lanes: Lanes) -> None:
-        if self.arrived[lanes.index].any():
+    def _require_not_apart(self, pc: int, lanes: Lanes) -> None:
+        if self.apart[lanes.index].any():
             raise unknown(self.code[pc])
 
     def _release(self) -> None:
@@ -267,18 +273,36 @@ class Batch:
                 continue
             block = lanes.index // self.launch.threads
             here = np.bincount(block, minlength=self.blocks)
-            arrived = self.arrived.reshape(self.blocks, -1)
-            if self._barrier_number(pc) == 1:
-                here += arrived.sum(axis=1)
-            complete = here == self.launch.threads
+            number, threads = self._barrier_of(pc)
+            if number:
+                arrived = self.arrived == number
+                here += arrived.reshape(self.blocks, -1).sum(axis=1)
+            complete = here == threads
             if complete.any():
+                if threads == self.launch.threads:
+                    self._meet_all(number, complete)
+                else:
+                    self._meet_in_part(pc, lanes, complete)
                 self._pass(pc, lanes, complete[block])
-                arrived[complete] = False
                 self.shared.barrier(np.flatnonzero(complete))
                 self.counters.barriers += int(complete.sum())
                 released = True
         if not released:
             raise self._stuck()
+
+    def _meet_all(self, number: int, blocks: np.ndarray) -> None:
+        threads = np.repeat(blocks, self.launch.threads)
+        self.arrived[threads & (self.arrived == number)] = 0
+        self.apart[threads] = self.arrived[threads] != 0
+        self.shared.touched[threads] = False
+
+    def _meet_in_part(self, pc: int, lanes: Lanes, blocks: np.ndarray) -> None:
+        """Keeps the rest of some blocks apart: nothing orders what it would touch."""
+        rest = np.repeat(blocks, self.launch.threads)
+        rest[lanes.index] = False
+        if (rest & self.shared.touched).any():
+            raise unknown(self.code[pc])
+        self.apart |= rest
 
     def _pass(self, pc: int, lanes: Lanes, chosen: np.ndarray) -> None:
         """Moves waiting threads on to the next instruction."""
@@ -295,14 +319,16 @@ class Batch:
         first = int(self.waiting[pc].index[0])
         threads = self.launch.threads
         number = first // threads
-        here = np.append(self.waiting[pc].index, np.flatnonzero(self.arrived))
-        missing = np.setdiff1d(
-            np.arange(number * threads, (number + 1) * threads), here
-        )
+        block = np.arange(number * threads, (number + 1) * threads)
+        missing = np.setdiff1d(block, self.waiting[pc].index)
         kind = fault.BARRIER
         if self.code[pc].opcode != "bar.sync":
             kind, missing = fault.WARP_SYNC, missing[missing // WARP == first // WARP]
-        detail = f"{len(missing)} threads missing, first {missing[0] % threads}"
+        elif barrier := self._barrier_of(pc)[0]:
+            missing = missing[self.arrived[missing] != barrier]
+        detail = "of another number of threads"
+        if len(missing):
+            detail = f"{len(missing)} threads missing, first {missing[0] % threads}"
         return self.launch.fault(kind, detail, first + self.first_thread, self.code[pc])
 
     def _meet(self, pc: int, lanes: Lanes, mask_operand) -> Lanes | None:

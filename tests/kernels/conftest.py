@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ptx import module
+from tests.kernels import module
 
 
 @pytest.fixture

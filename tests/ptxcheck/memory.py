@@ -10,7 +10,8 @@ blocks, and our kernels pass nothing between threads through global memory).
 
 Shared memory: two threads that touch a location, one of them writing, need bar.sync
 between, or, within a warp, bar.warp.sync. shfl.sync orders no memory accesses (PTX
-promises that of bar.warp.sync alone). Bounds are those of the block's allocation: an
+promises that of bar.warp.sync alone). Where a part of a block meets in bar.sync, the
+rest of it may touch no shared memory between two barriers of the whole block. Bounds are those of the block's allocation: an
 index that runs from one array into the next of the same struct is not seen.
 """
 
@@ -20,8 +21,8 @@ import dataclasses
 
 import numpy as np
 
-from ptx import fault
-from ptx.lanes import WARP, Launch, Site
+from . import fault
+from .lanes import WARP, Launch, Site
 
 ALIGNMENT = 256  # of buffers in the arena, and of what JAX allocates
 SHARED_BASE = 0x400  # so that a lost base address is out of bounds
@@ -216,6 +217,8 @@ class SharedMemory:
         self.writer = np.full(granules, NOBODY, np.int32)
         self.last_reader = np.full(granules, NOBODY, np.int32)
         self.first_reader = np.full(granules, MANY, np.int32)
+        # Threads that were here since the last barrier of their whole block.
+        self.touched = np.zeros(blocks * self.threads, bool)
 
     def _row(self, site: Site, addresses: np.ndarray, width: int) -> np.ndarray:
         site.raise_if(addresses % width != 0, fault.MISALIGNED, addresses)
@@ -224,6 +227,7 @@ class SharedMemory:
         site.raise_if(
             ~inside, fault.OUT_OF_BOUNDS, addresses, f"of {self.size} shared bytes"
         )
+        self.touched[site.lanes.index] = True
         block = site.lanes.index // self.threads
         return (block * self.stride + offset) // width
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ptx import fault, machine, module
-from ptx.counters import Counters
-from ptx.lanes import Launch
-from ptx.memory import Buffer, GlobalMemory
-from ptx.program import Program
+from tests.cases import LAYOUTS, Case
+from tests.kernels import module
+from tests.ptxcheck import fault, machine
+from tests.ptxcheck.counters import Counters
+from tests.ptxcheck.lanes import Launch
+from tests.ptxcheck.memory import Buffer, GlobalMemory
+from tests.ptxcheck.parser import parse
+from tests.ptxcheck.program import Program
 
 # Buffers lie 5 GiB apart: an index beyond one hits nothing, and an offset cut to 32
 # bits does not go unnoticed.
 FIRST_ADDRESS = 0x7F00_0000_0000
 SPACING = 5 << 30
-LAYOUTS = ("KV", "VK")  # by the number that the library gives them
 
 
 @dataclasses.dataclass
@@ -34,7 +37,7 @@ class Result:
 @functools.cache
 def shipped(symbol: str) -> Program:
     """A kernel of the module that ships."""
-    return Program(module.kernels()[symbol])
+    return Program(module.binary().kernel(symbol))
 
 
 def plan_decode(
@@ -45,6 +48,20 @@ def plan_decode(
 
     layout = LAYOUTS.index(state_layout)
     return _cuda.plan(operands, scale, use_qk_l2norm, layout, kernel)
+
+
+def planned(case: Case, kernel: str | None = None) -> str:
+    """The symbol of the kernel for a call without slots, of however many sequences."""
+    arrays = dataclasses.replace(case, B=1).inputs()
+    arrays["out"] = arrays["v"].astype(case.out_dtype)
+    operands = {}
+    for number, (name, x) in enumerate(arrays.items()):
+        B = x.shape[:1] if name in ("A_log", "dt_bias") else (case.B,)
+        address = FIRST_ADDRESS + number * SPACING
+        operands[name] = (address, str(x.dtype), [*B, *x.shape[1:]])
+    layout = case.layout
+    plan = plan_decode(operands, scale=1.0, state_layout=layout, kernel=kernel)
+    return plan["symbol"]
 
 
 def touched_slots(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +89,7 @@ def run_plan(
     """Runs a plan over buffers.
 
     Args:
-      plan: Symbol, grid, block, shared_bytes and arguments.
+      plan: Symbol, grid, block and arguments.
       buffers: What lies where. One may be a window into the operand it is named for.
       written: By name of a buffer, which of its rows (of the first axis) the launch
         must write whole. It must write no other row, and no other buffer.
@@ -90,7 +107,6 @@ def run_plan(
         launch,
         memory,
         plan["arguments"],
-        plan["shared_bytes"],
         approximate_by,
         blocks,
     )
@@ -164,8 +180,8 @@ def decode(
     )
     program = None
     if edit is not None:
-        text = edit(module.entry_text(plan["symbol"]))
-        program = Program(module.parse(text)[plan["symbol"]])
+        text = edit(module.binary().entries[plan["symbol"]])
+        program = Program(parse(text)[plan["symbol"]])
     whole = {"out": np.ones(len(inputs["q"]), bool), "state": written}
     return run_plan(
         edit_plan(plan),
@@ -175,3 +191,26 @@ def decode(
         approximate_by=approximate_by,
         blocks=blocks,
     )
+
+
+def run(case: Case, **options) -> Result:
+    """Runs a call; `options` are those of `decode`."""
+    options = {**case.settings, "out_dtype": case.out_dtype, **options}
+    return decode(case.inputs() | case.slots, **options)
+
+
+def planned_case(one: module.Instance, **changes) -> Case:
+    """A call that the library plans a kernel for, of Qwen3-Next's heads."""
+    changes = {"H": 16, "HV": 32, "T": 1 if one.single_token else 4, **changes}
+    cases = (one.case(B=B, **changes) for B in (1, 3, 5, 9, 33, 129))
+    return next(case for case in cases if planned(case) == one.symbol)
+
+
+def fitting(case: Case) -> list[module.Instance]:
+    """The kernels that may be chosen for a call."""
+    found = []
+    for one in module.instances():
+        with contextlib.suppress(ValueError):
+            planned(case, one.symbol)
+            found.append(one)
+    return found

@@ -18,8 +18,8 @@ import dataclasses
 
 import numpy as np
 
-from ptx.lanes import WARP, Site
-from ptx.memory import GlobalMemory
+from .lanes import WARP, Site
+from .memory import GlobalMemory
 
 SECTOR = 32
 BANKS = 32

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import Case
-from test_extremes import CASES, DECAY_TOLERANCE, extreme_gates
+from tests.cases import Case
+from tests.test_extremes import CASES, DECAY_TOLERANCE, extreme_gates
 
-from ptx import floats, launch
+from tests.kernels import launch
+from tests.ptxcheck import floats
 
 ULP = 2.0**-23  # of a float32, at most, relative to it
 

@@ -4,10 +4,11 @@ import dataclasses
 import re
 
 import pytest
-from cases import Case
+from tests.cases import Case
 
-from ptx import fault, launch, module
-from ptx.fault import FaultError
+from tests.kernels import launch, module
+from tests.ptxcheck import fault
+from tests.ptxcheck.fault import FaultError
 
 pytestmark = pytest.mark.usefixtures("built")
 LOOP = "gdn_decode_kv_f32_k64_vt64_c4_g8"  # over tokens; of any dtypes

@@ -1,8 +1,8 @@
 """What each arithmetic instruction computes: the table to extend for a new opcode.
 
 An entry names the result's type, the operands' types and a function of arrays of those
-types. Exactly what our kernels use; whatever is not here (nor among the machine's own
-instructions) raises `UnsupportedError`.
+types. Whatever is not here (nor among the machine's own instructions) raises
+`UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx import floats
+from . import floats
 
 NUMPY_TYPES = {
     "pred": np.dtype(bool),
@@ -47,6 +47,13 @@ def _shift_left(a, count):
 
 def _shift_right(a, count):
     return a >> count.astype(a.dtype)
+
+
+def _insert_bits(a, b, position, length):
+    """bfi.b32: the low bits of a, so many, at a position of b."""
+    position, length = (np.minimum(x & np.uint32(255), 32) for x in (position, length))
+    mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << position
+    return ((a.astype(np.uint64) << position & mask) | (b & ~mask)).astype(np.uint32)
 
 
 def _permute_bytes(a, b, selector):
@@ -138,11 +145,16 @@ OPERATIONS: dict[str, Operation] = dict(
         _special("div.approx.f32", 2, floats.div),
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
         _integer("sub.s64", operator.sub),
+        _integer("max.s64", np.maximum),
         *(_integer(name, operator.mul) for name in ("mul.lo.s32", "mul.lo.s64")),
         # By zero, what PTX leaves open is 0.
         _integer("div.u32", operator.floordiv),
         _integer("rem.u32", operator.mod),
-        *(_integer(name, operator.and_) for name in ("and.b32", "and.b64", "and.pred")),
+        ("neg.s64", Operation("s64", ("s64",), operator.neg, "integer")),
+        *(
+            _integer(f"and.{kind}", operator.and_)
+            for kind in ("b16", "b32", "b64", "pred")
+        ),
         *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),
         _integer("xor.pred", operator.xor),
         ("mad.lo.s32", Operation("s32", ("s32",) * 3, _multiply_add, "integer")),
@@ -155,13 +167,17 @@ OPERATIONS: dict[str, Operation] = dict(
         ("mul.wide.s32", Operation("s64", ("s32", "s32"), _multiply_wide, "integer")),
         ("mul.wide.u16", Operation("u32", ("u16", "u16"), _multiply_wide, "integer")),
         ("mul.wide.u32", Operation("u64", ("u32", "u32"), _multiply_wide, "integer")),
+        ("bfi.b32", Operation("b32", ("b32",) * 4, _insert_bits, "integer")),
         ("prmt.b32", Operation("b32", ("b32",) * 3, _permute_bytes, "integer")),
         *(
             _compare(f"setp.eq.{kind}", operator.eq)
             for kind in ("s16", "s32", "b32", "s64")
         ),
         *(_compare(f"setp.ne.{kind}", operator.ne) for kind in ("s16", "s32", "s64")),
-        *(_compare(f"setp.lt.{kind}", operator.lt) for kind in ("s32", "u32", "s64")),
+        *(
+            _compare(f"setp.lt.{kind}", operator.lt)
+            for kind in ("s32", "u32", "s64", "u64")
+        ),
         *(
             _compare(f"setp.gt.{kind}", operator.gt)
             for kind in ("s32", "u32", "s64", "f32")

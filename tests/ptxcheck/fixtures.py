@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from ptx import machine
-from ptx.counters import Counters
-from ptx.lanes import Launch
-from ptx.memory import Buffer, GlobalMemory
-from ptx.parser import parse
-from ptx.program import Program
+from . import machine
+from .counters import Counters
+from .lanes import Launch
+from .memory import Buffer, GlobalMemory
+from .parser import parse
+from .program import Program
 
 IN, OUT = 0x7F00_0000_0000, 0x7F10_0000_0000
 
