@@ -22,9 +22,9 @@ __device__ __forceinline__ unsigned BlockNumber() {
   return blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
 }
 
-// Lets the first blocks of a multiprocessor, which runs kBlocks at once, start one
-// after another. Started together they load together and then compute together, and so
-// do those that take their places. A grid of few waves would only wait.
+// Lets the first kBlocks blocks of a multiprocessor start one after another: started
+// together, they and those that take their places load together, then compute together.
+// A grid of few waves would only wait.
 template <unsigned kBlocks>
 __device__ __forceinline__ void StaggerFirstWave() {
   constexpr unsigned kWave = kMultiprocessors * kBlocks;

@@ -18,8 +18,7 @@ __device__ __forceinline__ float WarpSum(float x) {
 }
 
 // log(1 + x) for x in [0, 1], within 1 ulp; NaN stays. Unlike log1pf it has no branch,
-// across which the compiler moves nothing: so the decay's chain of instructions runs
-// beside that of the norms.
+// so the decay's chain of instructions runs beside that of the norms.
 __device__ __forceinline__ float Log1pOfFraction(float x) {
   const bool upper = x >= 0.5f;
   // 1 + m is 1 + x, or half of it.

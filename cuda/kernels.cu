@@ -11,10 +11,9 @@
 namespace jax_gdn {
 namespace {
 
-constexpr auto kKV = Layout::kKV, kVK = Layout::kVK;
-constexpr auto kFloat32 = DType::kFloat32, kBFloat16 = DType::kBFloat16,
-               kFloat16 = DType::kFloat16;
-constexpr auto kStreaming = Caching::kStreaming;
+using enum Layout;
+using enum DType;
+using enum Caching;
 
 template <KernelSpec kSpec>
 using TileOf = std::conditional_t<kSpec.layout == kKV, KVTile<kSpec>, VKTile<kSpec>>;

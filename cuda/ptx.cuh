@@ -1,8 +1,8 @@
 // Every line of inline assembly, one function an instruction (PTX ISA 9.0).
 //
-// Loads are volatile so that they are issued where they stand in the source. The
-// compiler would otherwise sink one whose value a condition may not need behind the
-// arrival of another: a whole memory latency, 0.5 us a call at B = 1.
+// Loads are volatile so that they are issued where they stand in the source. Sunk
+// behind the arrival of another, one would cost a memory latency, 0.5 us a call at B
+// = 1.
 #ifndef JAX_GDN_CUDA_PTX_CUH_
 #define JAX_GDN_CUDA_PTX_CUH_
 

@@ -14,8 +14,7 @@ namespace jax_gdn {
 
 // N neighbouring values as they are stored, in two halves of 2 N bytes. Of float32,
 // each half holds N / 2 values (for N = 1: bits); of a 16-bit type, both hold all N.
-// So a load is the same two instructions whatever the type is, and no condition
-// stands between issuing the first and the second.
+// So a load is the same two instructions whatever the type is.
 template <int N>
 struct Raw {
   std::conditional_t<N == 1, uint16_t, std::conditional_t<N == 2, uint32_t, uint2>> low,
@@ -42,9 +41,8 @@ __device__ __forceinline__ Raw<N> LoadRaw(const Input& x, int64_t index) {
   return raw;
 }
 
-// One value out of two words, its bits picked so that a 16-bit type's end in the
-// upper half. What differs between types is data (a selector, a mask), not control:
-// both words are always wanted, so no load is put off until the type is looked at.
+// One value out of two words, a 16-bit type's bits in the upper half. What differs
+// between types is data, not control, so no load waits until the type is looked at.
 __device__ __forceinline__ float WidenBits(uint32_t x, uint32_t y, DType dtype,
                                            uint32_t wide_pick, uint32_t half_pick) {
   const bool wide = dtype == DType::kFloat32;
