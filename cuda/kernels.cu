@@ -2,9 +2,6 @@
 //
 // Tuned at K = 128 on an H200 and an H100: small tiles for few states, large ones for
 // many. Other head sizes have one kernel a layout and dtype, for any number of tokens.
-// A float16 state and V of other sizes take the kernels for any number of tokens too.
-#include <type_traits>
-
 #include "cuda/kv.cuh"
 #include "cuda/vk.cuh"
 
