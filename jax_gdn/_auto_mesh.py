@@ -14,14 +14,9 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jax_gdn import _sharding
 from jax_gdn._operands import Operands, Results, Settings
-from jax_gdn._sharding import (
-    Call,
-    axes_with_batch_dims,
-    choose_shards,
-    on_shard,
-    specs_of,
-)
+from jax_gdn._sharding import Call, axes_with_batch_dims
 
 
 def shard_auto(native: Call) -> Call:
@@ -95,13 +90,13 @@ def _partition(settings: Settings, native: Call, context, mesh, operands, result
     H, sizes = operands.q.shape[-2], dict(mesh.shape)
     given = {"new_state": results.state, "state": operands.state, "v": operands.v}
     named = [(name, _with_names(mesh, x)) for name, x in given.items()]
-    shards = choose_shards(settings, sizes, named)
+    shards = _sharding.choose_shards(settings, sizes, named)
     in_shardings, out_shardings = jax.tree.map(
         ft.partial(NamedSharding, mesh),
-        specs_of(settings, sizes, shards, H),
+        _sharding.specs_of(settings, sizes, shards, H),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    call = on_shard(settings, native, sizes, shards, H)
+    call = _sharding.on_shard(settings, native, sizes, shards, H)
     return mesh, call, out_shardings, (in_shardings,)
 
 

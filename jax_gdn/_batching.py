@@ -53,11 +53,10 @@ def _with_batch_dim(
     if mapped.A_log or mapped.dt_bias:
         operands = operands._replace(**_weights_into_a(settings, operands, mapped))
         mapped = mapped._replace(a=True)
-    has_batch_dims = dict(settings.has_batch_dims.items())
     missing = {
         name: jnp.broadcast_to(x[None], (axis_size, *x.shape))
         for name, x in operands.items()
-        if has_batch_dims[name] and not getattr(mapped, name)
+        if getattr(settings.has_batch_dims, name) and not getattr(mapped, name)
     }
     return operands._replace(**missing)
 

@@ -9,7 +9,14 @@ import numpy as np
 from jax import Array
 
 from jax_gdn import _registration
-from jax_gdn._operands import OPTIONAL, STATE_LAYOUTS, Operands, Results, Settings
+from jax_gdn._operands import (
+    OPTIONAL,
+    SLOTS,
+    STATE_LAYOUTS,
+    Operands,
+    Results,
+    Settings,
+)
 from jax_gdn._reference import reference_decode
 
 
@@ -67,18 +74,17 @@ def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:
         first = math.prod(x.shape[: dims + 1])
         return x.reshape(first, *x.shape[dims + 1 :]) if batch else x
 
+    has = settings.has_batch_dims
+    result = {name: merged(x, getattr(has, name)) for name, x in operands.items()}
+    for name in SLOTS:
+        if name in result:
+            *pools, N = operands.state.shape[: dims + 1]
+            first = N * jnp.arange(math.prod(pools), dtype=jnp.int32)
+            slots = result[name].reshape(math.prod(pools), -1)
+            inside = (slots >= 0) & (slots < N)
+            # Outside its own pool must not become inside the next one.
+            slots = jnp.where(inside, slots + first[:, None], -1)
+            result[name] = slots.reshape(result[name].shape)
     # Handlers merge those of the others: XLA's host code would copy what is reshaped.
-    in_place = {"state": operands.state, "output": operands.output}
-    has = dict(settings.has_batch_dims.items())
-    result = {name: merged(x, has[name]) for name, x in operands.items()} | in_place
-    if settings.has_pool:
-        *pools, N = operands.state.shape[: dims + 1]
-        first = N * jnp.arange(math.prod(pools), dtype=jnp.int32)
-        for name in ("state_indices", "output_state_indices"):
-            if name in has:
-                slots = result[name].reshape(math.prod(pools), -1)
-                inside = (slots >= 0) & (slots < N)
-                # Outside its own pool must not become inside the next one.
-                slots = jnp.where(inside, slots + first[:, None], -1)
-                result[name] = slots.reshape(result[name].shape)
+    result |= {"state": operands.state, "output": operands.output}
     return Operands(**result)

@@ -80,9 +80,8 @@ def specs_of(
         axes = axes_with_batch_dims(settings, name)
         return PartitionSpec(*(split.get(axis) or None for axis in axes))
 
-    operands = Operands(**dict.fromkeys(Operands._fields[:8]))._replace(
-        **{name: spec(name) for name, _ in settings.axes.items()}
-    )
+    there = settings.axes._asdict().items()
+    operands = Operands(*(axes and spec(name) for name, axes in there))
     return operands, Results(spec("out"), spec("new_state"))
 
 
