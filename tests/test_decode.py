@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from cases import CASES, ODD_CASES, Case
+from cases import CASES, ODD_CASES, SLOW_CASES, Case
 from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
@@ -40,7 +40,11 @@ def check(implementation, case: Case) -> None:
     assert_close(np.asarray(out), expected_out, OUT_TOLERANCE, "out")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW_CASES)) for x in CASES],
+    ids=lambda case: case.id,
+)
 @pytest.mark.parametrize("implementation", [reference, native])
 def test_against_float64(implementation, case):
     check(implementation, case)
@@ -79,7 +83,7 @@ def test_unknown_instruction_set_is_refused():
         _registration.cpu.use_instruction_set("avx1024")
 
 
-def test_xla_form_is_the_reference():
+def test_implementation_xla_calls_the_reference():
     arrays = Case().inputs().values()
     expected = jax.jit(jax_gdn.reference_decode)(*arrays)
     for got, want in zip(xla(*arrays), expected, strict=True):

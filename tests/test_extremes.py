@@ -71,7 +71,11 @@ CASES = [
     Case(**ONE, layout=layout, per_channel=per_channel, **F32)
     for layout in LAYOUTS
     for per_channel in (False, True)
-] + [Case(**{**ONE, "V": 64}, layout=layout) for layout in LAYOUTS]
+] + [
+    Case(**{**ONE, "K": 128, "V": 128}, layout=layout, per_channel=per_channel)
+    for layout in LAYOUTS
+    for per_channel in (False, True)
+]
 
 
 @IMPLEMENTATIONS

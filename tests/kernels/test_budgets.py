@@ -3,8 +3,8 @@
 import functools
 
 import pytest
-from tests.cases import DTYPES, F32, Case
 
+from tests.cases import DTYPES, F32, Case
 from tests.kernels import launch, module
 from tests.ptxcheck.counters import SECTOR
 
@@ -102,7 +102,9 @@ def test_all_else_is_small_beside_the_state(layout, dtype):
     """For the largest tile of a float32 state."""
     dtypes = dict.fromkeys(("q", "k", "v", "a", "b", "dt_bias"), dtype)
     case = Case(B=2, H=1, HV=2, layout=layout, **dtypes)
-    result = launch.run(case, kernel=max(launch.fitting(case), key=lambda one: one.VT).symbol)
+    result = launch.run(
+        case, kernel=max(launch.fitting(case), key=lambda one: one.VT).symbol
+    )
     moved = {
         name: sum(result.counters.distinct_sectors(name, w) for w in (False, True))
         for name in result.counters.buffers

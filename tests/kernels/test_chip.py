@@ -7,9 +7,9 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from tests.cases import LAYOUTS, Case
 
 import jax_gdn
+from tests.cases import LAYOUTS, Case
 from tests.kernels import launch, module
 
 pytestmark = pytest.mark.usefixtures("built")

@@ -1,310 +1,300 @@
 """Defects planted in the kernels that ship, by editing their PTX or their launch."""
 
-import dataclasses
+import functools
 import re
+from collections.abc import Callable
 
 import pytest
-from tests.cases import Case
 
+from tests.cases import Case
 from tests.kernels import launch, module
 from tests.ptxcheck import fault
 from tests.ptxcheck.fault import FaultError
+from tests.ptxcheck.parser import Instruction
 
 pytestmark = pytest.mark.usefixtures("built")
-LOOP = "gdn_decode_kv_f32_k64_vt64_c4_g8"  # over tokens; of any dtypes
-STEPS = ("gdn_step_kv_f32_k64_vt16_c4_g8", "gdn_step_kv_f32_k64_vt64_c4_g8")
-APART = "gdn_step_kv_f32_k64_vt64_c4_g16_gw"  # its first warp makes the gates
-PAIRS = "gdn_step_kv_f32_k128_vt16_c2_g16_gw"  # likewise; two columns a thread
-ROWS_KERNEL = "gdn_step_vk_f32_k64_vt16_r4_streaming"  # likewise
-ROWS_LOOP = "gdn_decode_vk_f32_k64_vt64_r16_plain"
-KERNELS = pytest.mark.parametrize("kernel", [LOOP, *STEPS, APART])
-GATE_WARP = pytest.mark.parametrize(
-    ("kernel", "threads"),
-    [(PAIRS, 160), (APART, 288), (ROWS_KERNEL, 160)],
-)
-STAGED = pytest.mark.parametrize("kernel", [LOOP, *STEPS])  # q and k
-WARPS = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:]])  # that, in several warps
-# Whose gates are handed on, from one warp to others.
-GATES = pytest.mark.parametrize("kernel", [LOOP, *STEPS[1:], APART, ROWS_KERNEL])
-STEP_CASE = Case(B=2, H=1, HV=2, K=64, V=64)
-LOOP_CASE = dataclasses.replace(STEP_CASE, q="float32", k="float32")
+TOKENS = "gdn_kv_f32_k64_tokens"
+ONE_WARP = "gdn_kv_f32_k128_vt16_c4_token"  # beside the gate warp
+PAIRS = "gdn_kv_f32_k128_vt16_c2_token"  # two columns a thread
+WIDE = "gdn_kv_f32_k128_vt64_token"
+CHANNEL = "gdn_kv_f32_k128_vt64_token_channel"
+VK_TOKENS = "gdn_vk_f32_k64_tokens"
+VK = "gdn_vk_f32_k128_vt16_r4_token"
+VK_CHANNEL = "gdn_vk_f32_k128_vt16_token_channel"
 
 
-def case_of(kernel: str) -> Case:
-    one = module.instance_of(kernel)
-    base = STEP_CASE if one.step else LOOP_CASE
-    return dataclasses.replace(base, K=one.K, V=one.K, layout=one.layout)
+def each(*kernels: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kernel", kernels)
 
 
-def edited(pattern: str, replacement: str, which: int = 0):
-    """Edits one place of the PTX, the `which`-th that matches."""
+SINGLE = (ONE_WARP, PAIRS, WIDE, CHANNEL, VK, VK_CHANNEL)
+ALL = each(TOKENS, VK_TOKENS, *SINGLE)
+Edit = Callable[[str], str]
+
+
+def case_of(kernel: str, **changes) -> Case:
+    return module.of_symbol(kernel).case(**changes)
+
+
+@functools.cache
+def accesses(kernel: str, name: str, is_write: bool) -> list[Instruction]:
+    """The instructions that access a buffer, in the order of the code."""
+    result = launch.run(case_of(kernel), kernel=kernel)
+    traffic = sorted(result.counters.traffic.items(), key=lambda item: item[0])
+    code = result.program.kernel.code
+    return [code[p] for (p, n), t in traffic if (n, t.is_write) == (name, is_write)]
+
+
+def instructions(kernel: str, opcode: str) -> list[Instruction]:
+    """Those whose opcode begins so."""
+    code = launch.shipped(kernel).kernel.code
+    return [i for i in code if i.opcode.startswith(opcode)]
+
+
+def gate_store(kernel: str) -> Instruction:
+    """The last store to shared memory before the barrier that the gates are behind."""
+    opcode = "bar.arrive" if kernel in SINGLE else "bar.sync"
+    met = instructions(kernel, opcode)[0]
+    before = [i for i in instructions(kernel, "st.shared") if i.line < met.line]
+    return before[-1]
+
+
+def edited(instruction: Instruction, change: Edit) -> Edit:
+    """Edits one instruction of the PTX."""
 
     def edit(text: str) -> str:
-        matches = list(re.finditer(pattern, text))
-        assert len(matches) > max(which, 0), f"{pattern} not in the kernel"
-        match = matches[which]
-        changed = (
-            text[: match.start()] + match.expand(replacement) + text[match.end() :]
-        )
-        assert changed != text
-        return changed
+        lines = text.splitlines(keepends=True)
+        at = instruction.line - 1
+        assert lines[at].count(";") == 1
+        before, lines[at] = lines[at], change(lines[at])
+        assert lines[at] != before
+        return "".join(lines)
 
     return edit
 
 
-BARRIER = r"bar\.sync\s+0;"
-STATE_LOAD = r"(ld\.global(?:\.cs)?\.v4\.u32 \{[^}]*\}), \[(%rd\d+)\]"
-# `out` is stored so, too, where it is float32; as are zeros to it, of one register.
-STATE_STORE = (
-    r"(st\.global(?:\.cs)?\.v4\.(?:u32|f32)) \[(%rd\d+)(?:\+\d+)?\], (\{[^}]*\});"
-)
-OUT_STORE = r"st\.global\.v4\.f32 \[%rd\d+\], \{(%f\d+), (?!\1)[^;]*;"
-NARROW_OUT_STORE = r"st\.global\.v2\.u32 [^;]*;"
-SHARED_STORE = r"(st\.shared\.v2\.[uf]32) \[(%r\d+)\]"
+def removed(instruction: Instruction) -> Edit:
+    return edited(instruction, lambda line: "\n")
 
 
-def rows_of(kernel: str) -> int:
-    """Of a thread."""
-    return module.instance_of(kernel).accesses
+def moved(instruction: Instruction, bytes: int, also: bool = False) -> Edit:
+    """Accesses what lies so much further, instead or also."""
+
+    def further(match: re.Match) -> str:
+        return f"[{match[1]}+{int(match[2] or 0) + bytes}]"
+
+    def change(line: str) -> str:
+        other = re.sub(r"\[([%\w$]+)(?:\+(-?\d+))?\]", further, line)
+        return line + other if also else other
+
+    return edited(instruction, change)
 
 
-def edited_store(kernel: str, replacement: str, which: int = 0):
-    r"""Edits one of the last stores of 16 bytes, which are the state's.
-
-    \1 in the replacement is the instruction, \\2 the address, \\3 the value.
-    """
-    return edited(STATE_STORE, replacement, which - rows_of(kernel))
-
-
-def caught_in_kernel(
-    kernel: str, *kinds: str, case: Case | None = None, **edits
-) -> FaultError:
-    case = case or case_of(kernel)
-    inputs = case.inputs() | case.slots
-    options = {**case.settings, "out_dtype": case.out_dtype, "kernel": kernel}
-    with pytest.raises(FaultError) as caught:
-        launch.decode(inputs, **options, **edits)
-    assert caught.value.kind in kinds, caught.value
-    return caught.value
+def caught(kernel: str, *kinds: str, case: Case | None = None, **edits) -> FaultError:
+    case = case_of(kernel) if case is None else case
+    with pytest.raises(FaultError) as found:
+        launch.run(case, kernel=kernel, **edits)
+    assert found.value.kind in kinds, found.value
+    return found.value
 
 
-@KERNELS
+UNORDERED = (fault.SHARED_RACE, fault.UNINITIALISED)
+CONFLICT = (fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT)
+
+
+@ALL
 def test_unedited(kernel):
-    launch.decode(case_of(kernel).inputs(), kernel=kernel, edit=lambda text: text)
+    launch.run(case_of(kernel), kernel=kernel, edit=lambda text: text)
 
 
-@WARPS
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("kernel", "which"),
+    [*((TOKENS, i) for i in range(3)), (VK_TOKENS, 0), (VK_TOKENS, 1)],
+)
 def test_barrier_removed(kernel, which):
-    # After the inputs are staged, and after the sums of each warp are there. What
-    # loops has one more, before its next round.
-    edit = edited(BARRIER, "", which + (kernel == LOOP))
-    found = caught_in_kernel(kernel, fault.SHARED_RACE, edit=edit)
+    """Before the next tokens are staged; after; and after the sums of "KV"."""
+    barrier = instructions(kernel, "bar.sync")[which]
+    case = case_of(kernel, T=8)
+    found = caught(kernel, fault.SHARED_RACE, case=case, edit=removed(barrier))
     assert "shared" in found.instruction
     assert found.line is not None
 
 
-@GATE_WARP
-def test_meeting_with_the_gate_warp_removed(kernel, threads):
-    # "VK" reads what nobody wrote yet; "KV" has sums there by then.
-    edit = edited(rf"bar\.sync\s+1, {threads};", "")
-    kind = fault.UNINITIALISED if kernel == ROWS_KERNEL else fault.SHARED_RACE
-    caught_in_kernel(kernel, kind, edit=edit)
+@each(*SINGLE)
+def test_meeting_with_the_gate_warp_removed(kernel):
+    barrier = instructions(kernel, "bar.sync")[0]
+    caught(kernel, *UNORDERED, edit=removed(barrier))
 
 
-@GATE_WARP
-def test_arrival_of_the_gate_warp_removed(kernel, threads):
-    edit = edited(rf"bar\.arrive\s+1, {threads};", "")
-    found = caught_in_kernel(kernel, fault.BARRIER, edit=edit)
+@each(*SINGLE)
+def test_arrival_of_the_gate_warp_removed(kernel):
+    arrival = instructions(kernel, "bar.arrive")[0]
+    found = caught(kernel, fault.BARRIER, edit=removed(arrival))
     assert "32 threads missing, first 0" in str(found)
 
 
-def test_barrier_of_one_warp_removed():
-    edit = edited(r"bar\.warp\.sync\s+-1;", "", -1)
-    caught_in_kernel(STEPS[0], fault.SHARED_RACE, edit=edit)
+def test_meeting_of_the_row_warps_removed():
+    barrier = instructions(CHANNEL, "bar.sync")[1]
+    caught(CHANNEL, fault.SHARED_RACE, edit=removed(barrier))
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_barrier_removed_in_a_second_round(which):
-    """Before the next tokens are staged, after, and after the sums are there."""
-    case = dataclasses.replace(LOOP_CASE, T=8)
-    caught_in_kernel(
-        LOOP, fault.SHARED_RACE, case=case, edit=edited(BARRIER, "", which)
-    )
-
-
-@WARPS
+@ALL
 def test_barrier_in_the_branch_of_one_lane(kernel):
     # The one that stages the gates.
-    edit = edited(r"st\.shared\.v4\.f32 [^;]*;", r"bar.sync 0; \g<0>")
-    caught_in_kernel(kernel, fault.BARRIER, edit=edit)
+    edit = edited(gate_store(kernel), lambda line: "bar.sync 0;\n" + line)
+    caught(kernel, fault.BARRIER, edit=edit)
 
 
-@KERNELS
+@ALL
 @pytest.mark.parametrize("which", [0, 1, -1])
 def test_state_store_one_element_off(kernel, which):
-    edit = edited_store(kernel, r"\1 [\2+4], \3;", which % rows_of(kernel))
-    caught_in_kernel(kernel, fault.MISALIGNED, edit=edit)
+    store = accesses(kernel, "state", True)[which]
+    caught(kernel, fault.MISALIGNED, edit=moved(store, 4))
 
 
-@KERNELS
+@ALL
 def test_state_store_one_access_off(kernel):
-    edit = edited_store(kernel, r"\1 [\2+16], \3;")
-    caught_in_kernel(kernel, fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, edit=edit)
+    store = accesses(kernel, "state", True)[0]
+    size = module.of_symbol(kernel).access_bytes
+    caught(kernel, *CONFLICT, edit=moved(store, size))
 
 
-@KERNELS
+@ALL
 def test_state_load_one_row_off(kernel):
-    # The last of its rows: the last group reads the next head's first row.
-    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * STEP_CASE.V}]", rows_of(kernel) - 1)
-    caught_in_kernel(kernel, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS, edit=edit)
+    # The last of its rows: the last threads read the next head's first row.
+    case = case_of(kernel)
+    row = 4 * (case.V if case.layout == "KV" else case.K)
+    edit = moved(accesses(kernel, "state", False)[-1], row)
+    caught(kernel, *CONFLICT, fault.OUT_OF_BOUNDS, edit=edit)
 
 
-@STAGED
+@each(TOKENS, VK_TOKENS)
 def test_shared_index_one_off(kernel):
-    # q written one float2 further: its first is missing, k's first written twice.
-    edit = edited(SHARED_STORE, r"\1 [\2+8]")
-    caught_in_kernel(kernel, fault.SHARED_RACE, fault.UNINITIALISED, edit=edit)
+    # q staged one access further: its first is missing, k's first written twice.
+    store = instructions(kernel, "st.shared")[0]
+    size = 8 if kernel == TOKENS else 16
+    caught(kernel, *UNORDERED, edit=moved(store, size))
 
 
-@pytest.mark.parametrize(("kernel", "columns"), [(APART, 4), (PAIRS, 2)])
-def test_sums_one_piece_off(kernel, columns):
+@each(PAIRS, WIDE, CHANNEL)
+def test_sums_one_access_off(kernel):
     # The last of a warp's lands on the next warp's first, whose own is missing.
-    store = rf"(st\.shared\.v{columns}\.f32) \[(%r\d+)\]"
-    edit = edited(store, rf"\1 [\2+{4 * columns}]")
-    kinds = fault.SHARED_RACE, fault.UNINITIALISED
-    caught_in_kernel(kernel, *kinds, edit=edit)
+    store = instructions(kernel, "st.shared")[0]
+    size = 4 * module.of_symbol(kernel).columns
+    caught(kernel, *UNORDERED, edit=moved(store, size))
 
 
-def test_out_one_pair_off():
-    edit = edited(r"(st\.global\.u32) \[(%rd\d+)\], (%r\d+);", r"\1 [\2+4], \3;")
-    kinds = fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS
-    caught_in_kernel(PAIRS, *kinds, edit=edit)
+@each(CHANNEL, VK_CHANNEL)
+def test_decay_one_access_off(kernel):
+    rows_end = instructions(kernel, "bar.sync")[-1].line  # then the gate warp's code
+    stores = instructions(kernel, "st.shared")
+    store = next(i for i in stores if i.line > rows_end)
+    caught(kernel, *UNORDERED, fault.OUT_OF_BOUNDS, edit=moved(store, 16))
 
 
-@KERNELS
-def test_row_of_the_state_not_written(kernel):
-    edit = edited_store(kernel, "")
-    found = caught_in_kernel(kernel, fault.UNWRITTEN, edit=edit)
-    assert "state" in found.detail
+@ALL
+def test_out_one_element_off(kernel):
+    store = accesses(kernel, "out", True)[0]
+    size = 2 * (module.of_symbol(kernel).columns if "_kv_" in kernel else 1)
+    caught(kernel, *CONFLICT, fault.OUT_OF_BOUNDS, edit=moved(store, size))
 
 
-@KERNELS
-def test_out_not_written(kernel):
-    store = OUT_STORE if kernel == LOOP else NARROW_OUT_STORE
-    edit = edited(store, "")  # what stores zeros for padding stands behind
-    found = caught_in_kernel(kernel, fault.UNWRITTEN, edit=edit)
-    assert "out" in found.detail
+@ALL
+@pytest.mark.parametrize("name", ["state", "out"])
+def test_result_not_written(kernel, name):
+    edit = removed(accesses(kernel, name, True)[0])
+    found = caught(kernel, fault.UNWRITTEN, edit=edit)
+    assert name in found.detail
 
 
-@GATES
+@ALL
 def test_gates_not_staged(kernel):
-    edit = edited(r"st\.shared\.v4\.f32 [^;]*;", "")
-    caught_in_kernel(kernel, fault.UNINITIALISED, edit=edit)
+    caught(kernel, fault.UNINITIALISED, edit=removed(gate_store(kernel)))
 
 
-@KERNELS
+def resized(axis: int, by: int) -> Callable[[dict], dict]:
+    def edit_plan(plan):
+        grid = list(plan["grid"])
+        grid[axis] += by
+        return {**plan, "grid": tuple(grid)}
+
+    return edit_plan
+
+
+@ALL
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_one_block_too_many(kernel, axis):
-    def edit_plan(plan):
-        grid = list(plan["grid"])
-        grid[axis] += 1
-        return {**plan, "grid": tuple(grid)}
-
-    kinds = (fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT)
-    caught_in_kernel(kernel, *kinds, edit_plan=edit_plan)
+    kinds = (fault.OUT_OF_BOUNDS, *CONFLICT)
+    caught(kernel, *kinds, edit_plan=resized(axis, 1))
 
 
-@KERNELS
+@ALL
 @pytest.mark.parametrize("axis", [1, 2])
 def test_one_block_too_few(kernel, axis):
+    caught(kernel, fault.UNWRITTEN, edit_plan=resized(axis, -1))
+
+
+@pytest.mark.parametrize(
+    ("planned", "run", "kinds"),
+    [
+        ("k64", "k192", (fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT)),
+        ("k192", "k64", (fault.UNWRITTEN,)),
+    ],
+)
+def test_kernel_of_another_size(planned, run, kinds):
     def edit_plan(plan):
-        grid = list(plan["grid"])
-        grid[axis] -= 1
-        return {**plan, "grid": tuple(grid)}
+        return {**plan, "symbol": plan["symbol"].replace(planned, run)}
 
-    caught_in_kernel(kernel, fault.UNWRITTEN, edit_plan=edit_plan)
-
-
-def test_kernel_for_more_rows():
-    def edit_plan(plan):
-        return {**plan, "symbol": plan["symbol"].replace("k64", "k192")}
-
-    kinds = fault.OUT_OF_BOUNDS, fault.BLOCK_CONFLICT
-    caught_in_kernel(STEPS[0], *kinds, edit_plan=edit_plan)
+    kernel = TOKENS.replace("k64", planned)
+    caught(kernel, *kinds, edit_plan=edit_plan)
 
 
-def test_kernel_for_fewer_rows():
-    def edit_plan(plan):
-        return {**plan, "symbol": plan["symbol"].replace("k128", "k64")}
-
-    case = Case(B=1, H=1, HV=1, V=16, q="float32")
-    with pytest.raises(FaultError, match=fault.UNWRITTEN):
-        launch.decode(case.inputs(), edit_plan=edit_plan)
+def slot_of(kernel: str, slot: int = 1) -> Case:
+    """One sequence with a slot of a pool of three."""
+    return case_of(kernel, B=1, HV=1, N=3, reads=(slot,))
 
 
-# One block, one slot of a pool of three.
-SLOT = Case(B=1, H=1, HV=1, K=64, V=64, N=3, reads=(1,))
-SLOT_BYTES = 4 * SLOT.K * SLOT.V
+def slot_bytes(kernel: str) -> int:
+    return 4 * case_of(kernel).K * case_of(kernel).V
 
 
-@KERNELS
-@pytest.mark.parametrize("offset", [-SLOT_BYTES, SLOT_BYTES])
-def test_a_slot_beside_is_written(kernel, offset):
-    also = rf"\g<0> \1 [\2+{offset}], \3;"
-    edit = edited_store(kernel, also)
-    found = caught_in_kernel(kernel, fault.UNADDRESSED, case=SLOT, edit=edit)
+@ALL
+@pytest.mark.parametrize("direction", [-1, 1])
+def test_a_slot_beside_is_written(kernel, direction):
+    store = accesses(kernel, "state", True)[0]
+    edit = moved(store, direction * slot_bytes(kernel), also=True)
+    found = caught(kernel, fault.UNADDRESSED, case=slot_of(kernel), edit=edit)
     assert "state" in found.detail
 
 
-@KERNELS
+@ALL
 def test_a_slot_beside_is_read(kernel):
-    edit = edited(STATE_LOAD, rf"\1, [\2+{SLOT_BYTES}]")
-    caught_in_kernel(kernel, fault.UNINITIALISED, case=SLOT, edit=edit)
+    edit = moved(accesses(kernel, "state", False)[0], slot_bytes(kernel))
+    caught(kernel, fault.UNINITIALISED, case=slot_of(kernel), edit=edit)
 
 
-@KERNELS
+@ALL
 def test_padding_is_not_padding(kernel):
-    case = dataclasses.replace(SLOT, reads=(SLOT.N,))
-    # The slot's upper bound is not looked at.
-    edit = edited(r"selp\.b32 (%r\d+), (%r\d+), -1, %p\d+;", r"mov.u32 \1, \2;")
-    found = caught_in_kernel(kernel, fault.OUT_OF_BOUNDS, case=case, edit=edit)
-    assert "ld.global" in found.instruction
+    def change(line: str) -> str:
+        return re.sub(
+            r"selp\.b32\s+(%r\d+), (%r\d+), -1, %p\d+;", r"mov.u32 \1, \2;", line
+        )
 
+    def edit(text: str) -> str:
+        # Of every check of a slot that a block makes: warps of both kinds.
+        checks = [i for i in instructions(kernel, "selp.b32") if ", -1, %p" in i.text]
+        for check in checks:
+            text = edited(check, change)(text)
+        return text
 
-ROWS = dataclasses.replace(STEP_CASE, layout="VK")
-
-
-def test_vk_state_store_one_access_off():
-    edit = edited_store(ROWS_KERNEL, r"\1 [\2+16], \3;")
-    kinds = (fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT)
-    caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
-
-
-def test_vk_state_load_one_row_off():
-    # The last of its rows: the last block reads the next head's first.
-    edit = edited(STATE_LOAD, rf"\1, [\2+{4 * ROWS.K}]", rows_of(ROWS_KERNEL) - 1)
-    kinds = (fault.THREAD_CONFLICT, fault.BLOCK_CONFLICT, fault.OUT_OF_BOUNDS)
-    caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
-
-
-def test_vk_state_not_written():
-    edit = edited_store(ROWS_KERNEL, "", 1)
-    caught_in_kernel(ROWS_KERNEL, fault.UNWRITTEN, case=ROWS, edit=edit)
+    found = caught(kernel, fault.OUT_OF_BOUNDS, case=slot_of(kernel, 3), edit=edit)
+    assert "global" in found.instruction
 
 
 def test_vk_shuffle_in_part_of_a_warp():
-    branch = r"shfl\.sync\.bfly\.b32"
-    edit = edited(branch, r"setp.lt.u32 %p1, %tid.x, 7; @%p1 \g<0>")
+    def change(line: str) -> str:
+        return f"setp.lt.u32 %p1, %tid.x, 40; @%p1 {line.strip()}\n"
+
+    edit = edited(instructions(VK, "shfl.sync.bfly")[0], change)
     # The other lanes go on without what it brings.
-    kinds = (fault.WARP_SYNC, fault.REGISTER)
-    caught_in_kernel(ROWS_KERNEL, *kinds, case=ROWS, edit=edit)
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_vk_barrier_removed(which):
-    """Before the next tokens are staged, and after."""
-    case = dataclasses.replace(ROWS, T=8)
-    edit = edited(BARRIER, "", which)
-    found = caught_in_kernel(ROWS_LOOP, fault.SHARED_RACE, case=case, edit=edit)
-    assert "shared" in found.instruction
+    caught(VK, fault.WARP_SYNC, fault.REGISTER, edit=edit)

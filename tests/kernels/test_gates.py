@@ -5,29 +5,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cases import Case
-from tests.test_extremes import CASES, DECAY_TOLERANCE, extreme_gates
 
-from tests.kernels import launch
+from tests.cases import Case
+from tests.kernels import launch, module
 from tests.ptxcheck import floats
+from tests.test_extremes import CASES, DECAY_TOLERANCE, extreme_gates
 
 ULP = 2.0**-23  # of a float32, at most, relative to it
 
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("layout", ["KV", "VK"])
-@pytest.mark.parametrize("T", [1, 2])  # a step kernel, one that loops
-def test_decay_is_exact_to_rounding(layout, T):
-    HV = 512
-    case = Case(B=1, T=T, H=1, HV=HV, K=64, V=64, layout=layout)
-    x = np.linspace(-30, 20, HV).astype(np.float32)
-    given = case.inputs()
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"HV": 512}, marks=pytest.mark.slow),
+        {"HV": 4, "per_channel": True},
+        {"HV": 512, "T": 2, "K": 64, "V": 64},
+    ],
+    ids=str,
+)
+def test_decay_is_exact_to_rounding(layout, sizes):
+    """Of 512 numbers, by kernels of one token and of any."""
+    case = Case(B=1, H=1, layout=layout, **sizes)
+    given, T, HV = case.inputs(), case.T, case.HV
+    x = np.linspace(-30, 20, 512).astype(np.float32).reshape(given["dt_bias"].shape)
     given |= {"A_log": np.zeros(HV, np.float32), "dt_bias": x}
     given |= {name: np.zeros_like(given[name]) for name in ("a", "k")}
     given["state"] = np.ones_like(given["state"])
     result = launch.decode(given, **case.settings, out_dtype=case.out_dtype)
+    assert module.of_symbol(result.plan["symbol"]).single_token == (T == 1)
     # With k = 0 and S = 1, what is left is exp(g), of every token.
-    softplus = np.logaddexp(0, x.astype(np.float64))[None, :, None, None]
+    softplus = np.logaddexp(0, x.astype(np.float64)).reshape(1, HV, -1, 1)
+    softplus = softplus if layout == "KV" else softplus.swapaxes(2, 3)
     decay = np.exp(-T * softplus)
     # exp and log(1 + .) within 2 ulp and 1, a sum and a product rounded, then exp
     # again; and the product with the last token's.
@@ -37,7 +47,11 @@ def test_decay_is_exact_to_rounding(layout, T):
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x.K == 128)) for x in CASES],
+    ids=lambda case: case.id,
+)
 def test_gates_of_any_size(case):
     """Of finite ones none gives NaN, and the decay is the limit of the formula."""
     given, decay = extreme_gates(case)

@@ -1,4 +1,4 @@
-"""Runs a kernel's PTX on the CPU and judges its memory accesses: see README.md.
+"""Runs a kernel's PTX on the CPU and judges its memory accesses.
 
     binary    PTX, SASS and resource usage of a compiled file
     parser    PTX text -> kernels
@@ -11,4 +11,6 @@
     machine   executes a grid, vectorised over threads
     fault     what is detected
     sass      questions to the machine code
+
+README.md has an example.
 """

@@ -51,22 +51,11 @@ class Binary:
         ).stdout
 
     @functools.cached_property
-    def modules(self) -> tuple[str, ...]:
-        """The PTX: one text a source file."""
-        found = (
-            text[text.index(".version") :]
-            for text in self._dump("-ptx").split("\nFatbin")
-            if ".version" in text
-        )
-        return tuple(found)
-
-    @functools.cached_property
     def entries(self) -> dict[str, str]:
         """The PTX of each kernel alone, by symbol: to be edited and parsed."""
-        texts = re.findall(
-            r"^\.visible \.entry .*?^}$", "".join(self.modules), re.MULTILINE | re.DOTALL
-        )
-        return {re.split(r"[ (]", text, maxsplit=3)[2]: text for text in texts}
+        pattern = r"^\.visible \.entry (\w+).*?^}$"
+        found = re.finditer(pattern, self._dump("-ptx"), re.MULTILINE | re.DOTALL)
+        return {match[1]: match[0] for match in found}
 
     def kernel(self, symbol: str) -> Kernel:
         """A kernel of the PTX."""

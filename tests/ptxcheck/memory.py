@@ -11,8 +11,9 @@ blocks, and our kernels pass nothing between threads through global memory).
 Shared memory: two threads that touch a location, one of them writing, need bar.sync
 between, or, within a warp, bar.warp.sync. shfl.sync orders no memory accesses (PTX
 promises that of bar.warp.sync alone). Where a part of a block meets in bar.sync, the
-rest of it may touch no shared memory between two barriers of the whole block. Bounds are those of the block's allocation: an
-index that runs from one array into the next of the same struct is not seen.
+rest of it may touch no shared memory between two barriers of the whole block. Bounds
+are those of the block's allocation: an index that runs from one array into the next of
+the same struct is not seen.
 """
 
 from __future__ import annotations

@@ -187,7 +187,10 @@ def test_what_has_arrived_touches_no_shared_memory():
         fixtures.run(HANDED_ON.replace("bar.arrive 1, 64;", after) + LAST)
 
 
-@pytest.mark.parametrize("barrier", ["bar.sync 1;", "bar.sync 16, 64;", "bar.sync 0, 64;"])
+@pytest.mark.parametrize(
+    "barrier",
+    ["bar.sync 1;", "bar.sync 16, 64;", "bar.sync 1, 48;", "bar.sync 1, 128;"],
+)
 def test_barrier_of_no_such_form_is_refused(barrier):
     with pytest.raises(UnsupportedError):
         fixtures.run(HANDED_ON.replace("bar.sync 1, 64;", barrier) + LAST)
@@ -223,7 +226,9 @@ def test_barrier_of_a_part_of_the_block():
 def test_nothing_orders_the_rest_of_the_block(before):
     """What it does in shared memory is refused, up to a barrier of all."""
     touch = "@%p1 st.shared.u32 [%r4], %r1;"
-    body = IN_PART.replace("@%p1 bra", f"{touch} @%p1 bra") if before else IN_PART + touch
+    body = (
+        IN_PART.replace("@%p1 bra", f"{touch} @%p1 bra") if before else IN_PART + touch
+    )
     with pytest.raises(UnsupportedError):
         fixtures.run(body + LAST, threads=128)
     meet = "bar.sync 0;"
