@@ -27,7 +27,8 @@ build() {  # for this GPU's machine code, and PTX, which the tests read
 # another plugin; they are no GPU tests.
 tests() {
   JAX_GDN_REQUIRE_GPU=1 JAX_GDN_REQUIRE_PTX=1 \
-    python -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal "$@"
+    python -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal \
+    -m "slow or not slow" "$@"
 }
 
 # Every tool over native calls of every form, at once. In XLA's own pool an access beyond
@@ -80,7 +81,7 @@ replay() {  # a file a dtype: each takes minutes
 run() {
   case $1 in
     test) tests 2>&1 | tee "$out/test.log" | tail -n 40 ;;
-    counters) PYTHONPATH=tests benchmarks counters --json "$out/counters.json" ;;
+    counters) benchmarks counters --json "$out/counters.json" ;;
     layers) benchmarks layers --seconds 1 --json "$out/layers.json" ;;
     accuracy) benchmarks accuracy errors --json "$out/accuracy.json" ;;
     build | sanitize | replay | bench | compare) "$1" ;;

@@ -89,7 +89,8 @@ def test_against_float64_differences(case):
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
-def test_against_the_definition(case):
+def test_plumbing_to_the_reference(case):
+    """`decode` hands on every entry of what differentiating the reference gives."""
     arrays = jax.tree.map(jnp.asarray, case.inputs())
     reference = ft.partial(loss, case, decode=jax_gdn.reference_decode)
     assert_near(
