@@ -19,6 +19,10 @@ from jax_gdn._operands import (
 from jax_gdn._reference import FLOAT32_MAX
 
 
+def _must(name: str, what: str, got: object, hint: str = "") -> str:
+    return f"jax_gdn.decode: `{name}` must {what}; got {got}.{hint}"
+
+
 def _shape_text(axes: list[str], sizes: Mapping[str, int]) -> str:
     letters = f"[{', '.join(axes)}]"
     known = f"[{', '.join(str(sizes.get(axis, axis)) for axis in axes)}]"
@@ -34,11 +38,8 @@ def as_array(name: str, x: Any) -> Array:
     if isinstance(x, np.ndarray | np.generic):
         return jnp.asarray(_to_int32(name, np.asarray(x)) if name in SLOTS else x)
     hint = f" Pass np.array({name})." if name in SLOTS and x is not None else ""
-    axes = ARGUMENTS[name][0][0].split()
-    raise TypeError(
-        f"jax_gdn.decode: `{name}` must be an array [{', '.join(axes)}]; "
-        f"got {type(x).__name__}.{hint}"
-    )
+    axes = ", ".join(ARGUMENTS[name][0][0].split())
+    raise TypeError(_must(name, f"be an array [{axes}]", type(x).__name__, hint))
 
 
 def _to_int32(name: str, slots: np.ndarray) -> np.ndarray:
@@ -48,10 +49,7 @@ def _to_int32(name: str, slots: np.ndarray) -> np.ndarray:
     int32 = np.iinfo(np.int32)
     beyond = slots[(slots < int32.min) | (slots > int32.max)]
     if beyond.size:
-        raise ValueError(
-            f"jax_gdn.decode: `{name}` must hold slots that fit into int32; got "
-            f"{beyond.flat[0]}."
-        )
+        raise ValueError(_must(name, "hold slots that fit into int32", beyond.flat[0]))
     return slots.astype(np.int32)
 
 
@@ -69,21 +67,17 @@ def check_operands(operands: Operands, state_layout: str) -> None:
             if sizes.get(axis, size) != size
         ]
         if wrong or origins:
-            raise ValueError(
-                f"jax_gdn.decode: `{name}` must have shape "
-                f"{_shape_text(axes, sizes)}; got {list(x.shape)}"
-                + (f" ({', '.join(origins)})." if origins else ".")
-                + _pool_hint(name, axes, x.shape, sizes)
-            )
+            got = f"{list(x.shape)}" + (f" ({', '.join(origins)})" if origins else "")
+            hint = _pool_hint(name, axes, x.shape, sizes)
+            what = f"have shape {_shape_text(axes, sizes)}"
+            raise ValueError(_must(name, what, got, hint))
         for axis, size in zip(axes, x.shape, strict=True):
             sizes.setdefault(axis, size)
             sources.setdefault(axis, name)
-        dtypes = ARGUMENTS[name][1]
-        if jnp.dtype(x.dtype).name not in dtypes:
-            raise TypeError(
-                f"jax_gdn.decode: `{name}` must be {' or '.join(dtypes)}; "
-                f"got {jnp.dtype(x.dtype).name}.{_dtype_hint(name, x)}"
-            )
+        dtypes, dtype = ARGUMENTS[name][1], jnp.dtype(x.dtype).name
+        if dtype not in dtypes:
+            what = f"be {' or '.join(dtypes)}"
+            raise TypeError(_must(name, what, dtype, _dtype_hint(name, x)))
         _check_sizes(name, axes, sizes)
     if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
@@ -110,19 +104,13 @@ def _dtype_hint(name: str, x: Array) -> str:
 def _check_sizes(name: str, axes: list[str], sizes: Mapping[str, int]) -> None:
     for axis in axes:
         if axis not in ("B", "T", "N") and export.is_symbolic_dim(sizes[axis]):
-            raise ValueError(
-                f"jax_gdn.decode: `{name}` must have a known {axis}, only B, T and N "
-                f"may be symbolic; got {sizes[axis]}."
-            )
+            what = f"have a known {axis}, only B, T and N may be symbolic"
+            raise ValueError(_must(name, what, sizes[axis]))
         if axis not in ("B", "N") and sizes[axis] < 1:
-            raise ValueError(
-                f"jax_gdn.decode: `{name}` must have {axis} >= 1; got {sizes[axis]}."
-            )
+            raise ValueError(_must(name, f"have {axis} >= 1", sizes[axis]))
     if "HV" in sizes and sizes["HV"] % sizes["H"] != 0:
-        raise ValueError(
-            f"jax_gdn.decode: `{name}` must have HV a multiple of H = {sizes['H']} "
-            f"from `q`; got HV = {sizes['HV']}."
-        )
+        what = f"have HV a multiple of H = {sizes['H']} from `q`"
+        raise ValueError(_must(name, what, f"HV = {sizes['HV']}"))
 
 
 def _fits_float32(number: numbers.Real) -> bool:
@@ -137,26 +125,16 @@ def check_settings(
 ) -> None:
     """Raises unless the static arguments are what they may be."""
     if scale is not None and not isinstance(scale, numbers.Real):
-        raise TypeError(
-            "jax_gdn.decode: `scale` must be a Python number or None; "
-            f"got {type(scale).__name__}."
-        )
+        what, got = "be a Python number or None", type(scale).__name__
+        raise TypeError(_must("scale", what, got))
     if scale is not None and not _fits_float32(scale):
-        raise ValueError(
-            f"jax_gdn.decode: `scale` must fit into float32; got {scale!r:.20}."
-        )
+        raise ValueError(_must("scale", "fit into float32", f"{scale!r:.20}"))
     if not isinstance(use_qk_l2norm, bool | np.bool_):
-        raise TypeError(
-            "jax_gdn.decode: `use_qk_l2norm` must be a bool; "
-            f"got {type(use_qk_l2norm).__name__}."
-        )
+        got = type(use_qk_l2norm).__name__
+        raise TypeError(_must("use_qk_l2norm", "be a bool", got))
     if state_layout not in STATE_LAYOUTS:
-        raise ValueError(
-            'jax_gdn.decode: `state_layout` must be "KV" or "VK"; '
-            f"got {state_layout!r}."
-        )
+        what = 'be "KV" or "VK"'
+        raise ValueError(_must("state_layout", what, repr(state_layout)))
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            'jax_gdn.decode: `implementation` must be None, "native" or "xla"; '
-            f"got {implementation!r}."
-        )
+        what = 'be None, "native" or "xla"'
+        raise ValueError(_must("implementation", what, repr(implementation)))
