@@ -33,6 +33,7 @@ print("all ran")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["X64", "CHECK_LEAKS", "DISABLE_JIT"])
 def test_readme_and_examples_run(mode, tmp_path):
     variable = {

@@ -85,7 +85,11 @@ def grad_of_scan(case, implementation):
 @IMPLEMENTATIONS
 @CASES
 @pytest.mark.parametrize(
-    "function", [grad, tangent_of_grad, vmap_of_grad, grad_of_scan]
+    "function",
+    [grad, grad_of_scan]
+    + [
+        pytest.param(x, marks=pytest.mark.slow) for x in (tangent_of_grad, vmap_of_grad)
+    ],
 )
 def test_no_gradient_depends_on_padding(function, case, implementation):
     call = jax.jit(function(case, implementation))
@@ -102,7 +106,7 @@ def test_no_gradient_depends_on_padding(function, case, implementation):
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("T", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_token_of_no_decay_and_no_strength_changes_nothing(
