@@ -49,7 +49,7 @@ def check(implementation, case: Case) -> None:
 
 
 def each_on_each() -> list:
-    """The reference, whose code is the same for all sizes, takes some without `slow`."""
+    """Of the reference, one text for all sizes, the most are slow."""
     few = FORM_CASES + VALUE_CASES + POOL_CASES
     return [
         pytest.param(

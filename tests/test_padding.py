@@ -88,7 +88,7 @@ def grad_of_scan(case, implementation):
     "function",
     [grad, grad_of_scan]
     + [
-        pytest.param(x, marks=pytest.mark.slow) for x in (tangent_of_grad, vmap_of_grad)
+        pytest.param(f, marks=pytest.mark.slow) for f in (tangent_of_grad, vmap_of_grad)
     ],
 )
 def test_no_gradient_depends_on_padding(function, case, implementation):
