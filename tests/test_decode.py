@@ -72,7 +72,9 @@ def test_against_float64(implementation, case):
 
 
 @pytest.mark.parametrize("case", ODD_CASES, ids=lambda case: case.id)
-@pytest.mark.parametrize("implementation", [reference, native])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param(reference, marks=pytest.mark.slow), native]
+)
 def test_odd_sizes_on_the_host(implementation, case):
     with jax.default_device(jax.devices("cpu")[0]):
         check(implementation, case)

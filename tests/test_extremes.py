@@ -79,7 +79,11 @@ CASES = [
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x.K == 128)) for x in CASES],
+    ids=lambda case: case.id,
+)
 def test_gates_of_any_size(case, implementation):
     """No finite A_log, a and dt_bias gives NaN; the decay is the limit of the formula.
 
