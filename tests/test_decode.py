@@ -7,7 +7,6 @@ from cases import (
     CASES,
     FORM_CASES,
     ODD_CASES,
-    POOL_CASES,
     SLOW_CASES,
     VALUE_CASES,
     Case,
@@ -50,7 +49,7 @@ def check(implementation, case: Case) -> None:
 
 def each_on_each() -> list:
     """Of the reference, one text for all sizes, the most are slow."""
-    few = FORM_CASES + VALUE_CASES + POOL_CASES
+    few = FORM_CASES + VALUE_CASES
     return [
         pytest.param(
             implementation,

@@ -88,7 +88,11 @@ def test_against_float64_differences(case):
         assert abs(float(forward) - want) <= allowed, name
 
 
-@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x != FORMS[1])) for x in FORMS],
+    ids=lambda case: case.id,
+)
 def test_plumbing_to_the_reference(case):
     """`decode` hands on every entry of what differentiating the reference gives."""
     arrays = jax.tree.map(jnp.asarray, case.inputs())
@@ -186,7 +190,9 @@ def test_second_derivatives():
     assert_near(product(jax_gdn.decode), product(jax_gdn.reference_decode))
 
 
-@pytest.mark.parametrize("implementation", ["native", "xla"])
+@pytest.mark.parametrize(
+    "implementation", ["native", pytest.param("xla", marks=pytest.mark.slow)]
+)
 def test_vmap_of_grad_and_grad_of_vmap(implementation):
     case = FORMS[0]
     arrays = case.inputs()
@@ -208,7 +214,9 @@ SHARDED = Case(**SMALL | {"B": 4, "H": 4, "HV": 8}, **F32)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("program", [loss, scanned])
+@pytest.mark.parametrize(
+    "program", [loss, pytest.param(scanned, marks=pytest.mark.slow)]
+)
 def test_sharded(program, kind):
     """Only the gradients of the weights are summed over devices that hold rows."""
     arrays = host_arrays(SHARDED)

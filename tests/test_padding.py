@@ -82,13 +82,18 @@ def grad_of_scan(case, implementation):
     return jax.grad(total)
 
 
-@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    "implementation", ["native", pytest.param("xla", marks=pytest.mark.slow)]
+)
 @CASES
 @pytest.mark.parametrize(
     "function",
-    [grad, grad_of_scan]
-    + [
-        pytest.param(f, marks=pytest.mark.slow) for f in (tangent_of_grad, vmap_of_grad)
+    [
+        tangent_of_grad,
+        *(
+            pytest.param(function, marks=pytest.mark.slow)
+            for function in (grad, vmap_of_grad, grad_of_scan)
+        ),
     ],
 )
 def test_no_gradient_depends_on_padding(function, case, implementation):

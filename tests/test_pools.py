@@ -42,7 +42,13 @@ def written_slots(case: Case) -> set[int]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("state", sorted(DTYPES))
 @pytest.mark.parametrize(
-    "writes", [None, (4, 1, -1), ((4, 0), (1, 1), (2, 99)), ((7, 7), (0, 0), (-1, 5))]
+    "writes",
+    [
+        (4, 1, -1),
+        ((4, 0), (1, 1), (2, 99)),
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param(((7, 7), (0, 0), (-1, 5)), marks=pytest.mark.slow),
+    ],
 )
 def test_other_slots_keep_their_bytes(writes, state, layout, implementation):
     """All slots that no row reads hold NaN; none of it is read or written over."""

@@ -141,7 +141,11 @@ def name_of(program) -> str:
     return getattr(program, "__name__", "mapped_in_batches")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x in CASES[2:4])) for x in CASES],
+    ids=lambda case: case.id,
+)
 @pytest.mark.parametrize(
     ("program", "donate"),
     [

@@ -18,13 +18,22 @@ def lengths(*lengths: int) -> pytest.MarkDecorator:
     found = [
         (one, T) for one in INSTANCES for T in lengths if T == 1 or not one.single_token
     ]
-    ids = [f"{one.symbol}-{T}" for one, T in found]
-    return pytest.mark.parametrize(("one", "T"), found, ids=ids)
+    return pytest.mark.parametrize(
+        ("one", "T"),
+        [
+            pytest.param(
+                *(one, T),
+                marks=[pytest.mark.slow] * (one.state == "float16"),
+                id=f"{one.symbol}-{T}",
+            )
+            for one, T in found
+        ],
+    )
 
 
 @functools.cache
 def run(one: module.Instance, T: int = 1, **changes) -> launch.Result:
-    return launch.run(one.case(T=T, **changes), kernel=one.symbol)
+    return launch.run(one.case(T=T, HV=1, **changes), kernel=one.symbol)
 
 
 def blocks(result: launch.Result) -> int:

@@ -21,7 +21,7 @@ ULP = 2.0**-23  # of a float32, at most, relative to it
     [
         pytest.param({"HV": 512}, marks=pytest.mark.slow),
         {"HV": 4, "per_channel": True},
-        {"HV": 512, "T": 2, "K": 64, "V": 64},
+        {"HV": 512, "T": 2, "K": 64, "V": 16},
     ],
     ids=str,
 )
