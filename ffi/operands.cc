@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <limits>
-#include <string_view>
 #include <utility>
-#include <vector>
 
 namespace jax_gdn {
 namespace {
@@ -33,15 +31,16 @@ uintptr_t Bytes(const Tensor& x) {
 struct Sizes {
   int64_t B, T, H, HV, K, V, N;
 
-  int64_t operator[](std::string_view axis) const {
-    if (axis == "HV") return HV;
-    switch (axis[0]) {
+  int64_t operator[](char axis) const {
+    switch (axis) {
       case 'B':
         return B;
       case 'T':
         return T;
       case 'H':
         return H;
+      case 'G':
+        return HV;
       case 'K':
         return K;
       case 'V':
@@ -52,31 +51,17 @@ struct Sizes {
   }
 };
 
-std::vector<int64_t> SizesOf(std::string_view axes, const Sizes& sizes) {
-  std::vector<int64_t> result;
-  while (!axes.empty()) {
-    const size_t end = std::min(axes.find(' '), axes.size());
-    result.push_back(sizes[axes.substr(0, end)]);
-    axes.remove_prefix(std::min(end + 1, axes.size()));
-  }
-  return result;
-}
-
-size_t NumAxes(const Shape& shape) {
-  const std::string_view axes = shape.axes;
-  return 1 + std::count(axes.begin(), axes.end(), ' ');
-}
-
 // Collects the first thing that is wrong. A text is made only where it is needed.
 class Checker {
  public:
   // Whether an operand fits its row of the table.
   void Fits(const char* name, const Tensor& x, const Shape& shape, const Sizes& sizes) {
-    const std::vector<int64_t> want = SizesOf(shape.axes, sizes);
-    Require(std::equal(want.begin(), want.end(), x.sizes, x.sizes + x.rank), [&] {
+    std::array<int64_t, 4> want;
+    for (size_t i = 0; i < shape.rank; ++i) want[i] = sizes[shape.axes[i]];
+    const auto end = want.begin() + shape.rank;
+    Require(std::equal(want.begin(), end, x.sizes, x.sizes + x.rank), [&] {
       return std::string(name) + " must have shape " +
-             ShapeText(want.data(), want.size()) + ", got " +
-             ShapeText(x.sizes, x.rank);
+             ShapeText(want.data(), shape.rank) + ", got " + ShapeText(x.sizes, x.rank);
     });
     const bool indices = shape.kind == Kind::kIndices;
     Require(indices ? x.is_int32 : x.dtype.has_value(), [&] {
@@ -119,12 +104,12 @@ using Tensors = std::array<std::optional<Tensor>, kNumOperands>;
 // Whether an operand has the second of its shapes.
 bool HasOtherShape(int operand, const Tensors& x, int32_t state_layout) {
   const Shape& other = kArguments[operand].other_shape;
-  if (other.axes == nullptr) return false;
+  if (other.rank == 0) return false;
   if (operand == kState || operand == kNewState) {
     return state_layout == static_cast<int32_t>(Layout::kVK);
   }
   if (operand == kDtBias) operand = kA;
-  return x[operand]->rank == NumAxes(kArguments[operand].other_shape);
+  return x[operand]->rank == kArguments[operand].other_shape.rank;
 }
 
 // Results are written while operands are still read. But for the operands that they are

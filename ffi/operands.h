@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <variant>
 
 #include "common/decode_params.h"
@@ -40,9 +41,21 @@ inline constexpr int kNumOptional = kOut - kNumRequired;
 // Kernels read and write vectors 16 bytes at a time.
 enum class Kind { kVectors, kFloats, kIndices };
 
+// Axes, of which HV is 'G' here (its heads come in groups), read from text when
+// compiled.
 struct Shape {
-  const char* axes = nullptr;
+  std::array<char, 4> axes = {};
+  size_t rank = 0;
   Kind kind = Kind::kFloats;
+
+  constexpr Shape() = default;
+  constexpr Shape(std::string_view text, Kind kind_) : kind(kind_) {
+    for (size_t i = 0; i < text.size(); i += 2) {
+      const bool heads = text.substr(i, 2) == "HV";
+      axes[rank++] = heads ? 'G' : text[i];
+      if (heads) ++i;
+    }
+  }
 };
 
 // The argument table, which reads as that of jax_gdn/_operands.py; N is B where there

@@ -59,7 +59,8 @@ def axes_of(name: str, operands: Operands, state_layout: str) -> list[str]:
     choices = list(ARGUMENTS[name][0])
     if name == "state":
         first = "B" if operands.state_indices is None else "N"
-        choices = [f"{first} HV {' '.join(state_layout)}"]
+        own = [first, "HV", *state_layout]
+        choices = [axes for axes in choices if axes.split() == own]
     elif name == "dt_bias":
         choices = [choices[getattr(operands.a, "ndim", 0) == 4]]
     rank = getattr(getattr(operands, name), "ndim", 0)
