@@ -1,7 +1,6 @@
 """The `jax-gdn` command."""
 
 import argparse
-import functools as ft
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,22 +15,27 @@ import jax_gdn
 from jax_gdn import _registration
 
 
-def _operands(B: int, H: int = 16, HV: int = 32, K: int = 128) -> dict[str, Any]:
+def _operands(B: int) -> dict[str, Any]:
     """Returns random operands for one token in one layer of Qwen3-Next."""
-    rng = np.random.default_rng(0)
-    normal = ft.partial(rng.standard_normal, dtype=np.float32)
-    rows = {"q": (H, K), "k": (H, K), "v": (HV, K), "a": (HV,), "b": (HV,)}
-    operands = {n: jnp.asarray(normal((B, 1, *x)), "bfloat16") for n, x in rows.items()}
-    whole = {"state": (B, HV, K, K), "A_log": (HV,), "dt_bias": (HV,)}
-    return operands | {name: jnp.asarray(normal(x)) for name, x in whole.items()}
+    rng, (H, HV, K) = np.random.default_rng(0), (16, 32, 128)
+    token = {"q": (H, K), "k": (H, K), "v": (HV, K), "a": (HV,), "b": (HV,)}
+    layer = {"state": (B, HV, K, K), "A_log": (HV,), "dt_bias": (HV,)}
+    # Copies: memory that JAX shares with NumPy cannot be donated.
+    return {
+        name: jnp.array(
+            rng.standard_normal(shape, np.float32),
+            "bfloat16" if name in token else "float32",
+        )
+        for name, shape in ({n: (B, 1, *x) for n, x in token.items()} | layer).items()
+    }
 
 
 def _implementation(device: Any) -> str:
     """Tries one native call on a device, and says what `decode` runs there."""
     try:
         with jax.default_device(device):
-            operands = _operands(1)
-            jax.block_until_ready(jax_gdn.decode(**operands, implementation="native"))
+            call = jax_gdn.decode(**_operands(1), implementation="native")
+            jax.block_until_ready(call)
     except ImportError:
         return "none: the native modules do not fit this jaxlib"
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
@@ -41,11 +45,10 @@ def _implementation(device: Any) -> str:
 
 def _demo(B: int) -> int:
     device, rest = jax.devices()[0], _operands(B)
-    state = rest.pop("state")
-    expected = jax.jit(jax_gdn.reference_decode)(state=state, **rest)
-    where = state.unsafe_buffer_pointer()
+    expected = jax.jit(jax_gdn.reference_decode)(**rest)
     decode = jax.jit(jax_gdn.decode, donate_argnames="state")
-    out, state = decode(state=state, **rest)
+    where = rest["state"].unsafe_buffer_pointer()
+    out, state = decode(state=rest.pop("state"), **rest)
     pairs = zip((out, state), expected, strict=True)
     errors = [float(abs(x - y).astype("float32").max()) for x, y in pairs]
 
@@ -60,29 +63,30 @@ def _demo(B: int) -> int:
     calls = max(1, int(0.2 / seconds(8)))
     call = statistics.median(seconds(calls) for _ in range(5))
     stayed = state.unsafe_buffer_pointer() == where
-    rows = {
-        "device": f"{device.device_kind} ({device.platform})",
-        "implementation": _implementation(device),
-        "one layer": f"{call * 1e6:,.0f} us a call, one token of each of {B} sequences",
-        "state traffic": f"{2 * state.nbytes / call / 1e9:,.1f} GB/s",
-        "largest error": f"{errors[0]:.1e} in out, {errors[1]:.1e} in the state",
-        "state's buffer": "stayed where it was" if stayed else "MOVED",
-    }
-    _print_rows(rows)
+    _print_rows(
+        {
+            "device": f"{device.device_kind} ({device.platform})",
+            "implementation": _implementation(device),
+            "one layer": f"{call * 1e6:,.0f} us a call, one token of {B} sequences",
+            "state traffic": f"{2 * state.nbytes / call / 1e9:,.1f} GB/s",
+            "largest error": f"{errors[0]:.1e} in out, {errors[1]:.1e} in the state",
+            "state's buffer": "stayed where it was" if stayed else "MOVED",
+        }
+    )
     return 0 if stayed else 1
 
 
 def _info() -> int:
     cpu, cuda = _registration.cpu, _registration.cuda
-    host = f"{cpu.instruction_set()}, at most {cpu.usable_cpus()} threads"
     rows = {
         "jax_gdn": jax_gdn.__version__,
         "jax, jaxlib": f"{jax.__version__}, {jaxlib.version.__version__}",
         "XLA FFI": "jaxlib speaks {}.{}".format(*_registration.runtime_ffi_version()),
         "target": _registration.DECODE_TARGET,
-        "host module": _module_text(cpu, host),
-        "CUDA module": "not in this build",
     }
+    host = f"{cpu.instruction_set()}, at most {cpu.usable_cpus()} threads"
+    rows["host module"] = _module_text(cpu, host)
+    rows["CUDA module"] = "not in this build"
     if cuda is not None:
         text = "CUDA {}.{} runtime, architectures ".format(*cuda.CUDA_VERSION)
         text += f"{cuda.ARCHITECTURES}, {len(cuda.kernels())} kernels"
