@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 
 COMMANDS = ("bench", "compare", "replay", "layers", "counters", "accuracy", "scaling")
@@ -28,10 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # `-m` puts the clone first on the path, and its jax_gdn has no native modules. So
-    # the installed one is imported without the clone, which `tests` is then found in.
-    clone = sys.path.pop(0)
-    import jax_gdn  # noqa: F401
-
-    sys.path.insert(0, clone)
     main()

@@ -2,10 +2,10 @@
 
 from importlib.metadata import version
 
+from jax_gdn._checks import check_slots as check_slots
 from jax_gdn._decode import decode as decode
 from jax_gdn._reference import reference_decode as reference_decode
 from jax_gdn._registration import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
-from jax_gdn._slots import check_slots as check_slots
 
 __version__ = version("jax-gdn")
 __all__ = [

@@ -1,44 +1,96 @@
-"""The call itself: the native one, and the reference with batch dimensions."""
+"""The call itself: the native one or the reference, as the platform has it."""
 
 import functools as ft
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jax_gdn import _registration
-from jax_gdn._operands import (
-    OPTIONAL,
-    SLOTS,
-    STATE_LAYOUTS,
-    Operands,
-    Results,
-    Settings,
-)
+from jax_gdn._operands import OPTIONAL, SLOTS, Call, Operands, Results, Settings
 from jax_gdn._reference import reference_decode
+
+# Says, when a program is lowered for a platform without a native kernel, that it
+# is: an identity on one operand that leaves nothing behind. Which platform that is
+# is known no earlier.
+_without_native_p = Primitive("jax_gdn_without_native")
+_without_native_p.def_impl(lambda x, **_: x)
+_without_native_p.def_abstract_eval(lambda x, **_: x)
+batching.defvectorized(_without_native_p)
+
+
+def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
+    if reason is None:
+        names = set(ctx.module_context.platforms or ()) - {"cpu", "cuda"}
+        where = ", ".join(sorted(names)) or "this platform"
+        reason = f"there is no native kernel for {where}"
+    if required:
+        raise NotImplementedError(
+            f'jax_gdn.decode: implementation="native" cannot run: {reason}. Pass '
+            'implementation="xla" for the reference, which runs anywhere.'
+        )
+    text = f"jax_gdn.decode falls back to the reference: {reason}."
+    warnings.warn(text, stacklevel=2)
+    return [x]
+
+
+mlir.register_lowering(_without_native_p, _lower_without_native)
+
+
+def _why_not_cuda(settings: Settings, q: Array, v: Array) -> str | None:
+    """Returns why the CUDA kernel cannot take these shapes, or None."""
+    if _registration.cuda is None:
+        return "this build of jax_gdn has no CUDA kernels"
+    B = math.prod(v.shape[: settings.num_batch_dims + 1])
+    HV, V = v.shape[-2:]
+    # The handler itself checks a symbolic B, when it has a value.
+    return _registration.cuda.why_unsupported(
+        B if isinstance(B, int) else 1, HV, q.shape[-1], V
+    )
+
+
+def by_platform(native: Call, reference: Call) -> Call:
+    """Returns a call that is either, decided when it is lowered for a platform."""
+
+    def by_platform(settings: Settings, operands: Operands) -> Results:
+        if settings.implementation == "xla":
+            return reference(settings, operands)
+        _registration.require_handlers()
+
+        def without_native(reason: str | None, operands: Operands) -> Results:
+            required = settings.implementation == "native"
+            q = _without_native_p.bind(operands.q, reason=reason, required=required)
+            return reference(settings, operands._replace(q=q))
+
+        cpu = cuda = ft.partial(native, settings)
+        default = ft.partial(without_native, None)
+        if why_not := _why_not_cuda(settings, operands.q, operands.v):
+            cuda = ft.partial(without_native, why_not)
+        return jax.lax.platform_dependent(operands, cpu=cpu, cuda=cuda, default=default)
+
+    return by_platform
 
 
 def reference(settings: Settings, operands: Operands) -> Results:
     """The reference, for operands with any number of batch dimensions."""
-    call = ft.partial(_reference, settings)
+
+    def call(operands: Operands) -> Results:
+        out, state = reference_decode(**operands._asdict(), **options)
+        output = operands.output
+        # Written whole into `output`, so that a donated buffer finds its use.
+        return Results(out if output is None else output.at[...].set(out), state)
+
+    names = ("scale", "use_qk_l2norm", "state_layout")
+    options = {name: getattr(settings, name) for name in names}
     in_axes = Operands(*(0 if batch else None for batch in settings.has_batch_dims))
     for _ in range(settings.num_batch_dims):
         call = jax.vmap(call, (in_axes,))
     return call(operands)
-
-
-def _reference(settings: Settings, operands: Operands) -> Results:
-    out, state = reference_decode(
-        **operands._asdict(),
-        scale=settings.scale,
-        use_qk_l2norm=settings.use_qk_l2norm,
-        state_layout=settings.state_layout,
-    )
-    output = operands.output
-    # Written whole into `output`, so that a donated buffer finds its use.
-    return Results(out if output is None else output.at[...].set(out), state)
 
 
 def native(settings: Settings, operands: Operands) -> Results:
@@ -58,7 +110,7 @@ def native(settings: Settings, operands: Operands) -> Results:
         *given.values(),
         scale=np.float32(settings.scale),
         use_qk_l2norm=settings.use_qk_l2norm,
-        state_layout=np.int32(STATE_LAYOUTS.index(settings.state_layout)),
+        state_layout=np.int32(settings.state_layout == "VK"),
         optional_operands=np.int32(bits),
     )
     return Results(*results)

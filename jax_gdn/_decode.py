@@ -6,17 +6,14 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_gdn._auto_mesh import shard_auto
-from jax_gdn._batching import batched
-from jax_gdn._call import native, reference
+from jax_gdn._call import by_platform, native, reference
 from jax_gdn._checks import as_array, check_operands, check_settings
-from jax_gdn._explicit_mesh import shard_explicit
-from jax_gdn._gradient import differentiable
-from jax_gdn._operands import OPTIONAL, Operands, Settings, axes_of
-from jax_gdn._platforms import by_platform
+from jax_gdn._operands import Operands, Settings
+from jax_gdn._sharding import shard_auto, shard_explicit
+from jax_gdn._transformations import batched, differentiable
 
-# The layers of a call, the outermost first, each in its file: derivatives, a mesh whose
-# types say what is split, vmap, the platform, a mesh that XLA splits, the native call.
+# The layers of a call, the outermost first: derivatives, a mesh whose types say what is
+# split, vmap, the platform, a mesh that XLA splits, the native call.
 _CALL = differentiable(
     shard_explicit(batched(by_platform(shard_auto(native), reference))),
     shard_explicit(reference),
@@ -116,54 +113,22 @@ def decode(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
-    check_settings(scale, use_qk_l2norm, state_layout, implementation)
+    settings = Settings(scale, use_qk_l2norm, state_layout, implementation)
+    check_settings(settings)
     given = (q, k, v, state, A_log, a, dt_bias, b)
     given += (output, state_indices, output_state_indices)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
-    operands = Operands(
-        *(
-            x
-            if isinstance(x, Array) or (x is None and name in OPTIONAL)
-            else as_array(name, x)
-            for name, x in zip(Operands._fields, given, strict=True)
-        )
-    )
-    return _decode(
-        operands,
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm,
-        state_layout=state_layout,
-        implementation=implementation,
-    )
+    return _decode(settings, Operands(*map(as_array, Operands._fields, given)))
 
 
-@ft.partial(
-    jax.jit,
-    static_argnames=("scale", "use_qk_l2norm", "state_layout", "implementation"),
-)
-def _decode(
-    operands: Operands,
-    *,
-    scale: float | None,
-    use_qk_l2norm: bool,
-    state_layout: str,
-    implementation: str | None,
-) -> tuple[Array, Array]:
+@ft.partial(jax.jit, static_argnums=0)
+def _decode(settings: Settings, operands: Operands) -> tuple[Array, Array]:
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
-    check_operands(operands, state_layout)
-    axes = {
-        name: tuple(axes_of(name, operands, state_layout))
-        for name, _ in operands.items()
-    }
-    settings = Settings(
-        axes=Operands(**axes),
-        scale=operands.q.shape[-1] ** -0.5 if scale is None else float(scale),
-        use_qk_l2norm=use_qk_l2norm,
-        state_layout=state_layout,
-        implementation=implementation,
-    )
+    axes = check_operands(operands, settings.state_layout)
+    scale = operands.q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
+    settings = settings._replace(axes=axes, scale=float(scale))
     with jax.named_scope("jax_gdn.decode"):
         out, state = _CALL(settings, operands)
     return out, state

@@ -1,11 +1,10 @@
 """What a call consists of: the argument table, and the settings fixed while tracing."""
 
-import dataclasses
-from collections.abc import Iterator
+import collections
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-STATE_LAYOUTS = ("KV", "VK")
-IMPLEMENTATIONS = (None, "native", "xla")
+CHOICES = {"state_layout": ("KV", "VK"), "implementation": (None, "native", "xla")}
 _FLOATS = ("float32", "bfloat16", "float16")
 
 # Axes (or a choice of them) and dtypes of each argument, which the native modules have
@@ -27,20 +26,10 @@ SLOTS = ("state_indices", "output_state_indices")
 OPTIONAL = ("output", *SLOTS)
 
 
-class Operands(NamedTuple):
+class Operands(
+    collections.namedtuple("Operands", ARGUMENTS, defaults=[None] * len(ARGUMENTS))
+):
     """The arrays of a call, or one thing for each of them; None where there is none."""
-
-    q: Any
-    k: Any
-    v: Any
-    state: Any
-    A_log: Any
-    a: Any
-    dt_bias: Any
-    b: Any
-    output: Any = None
-    state_indices: Any = None
-    output_state_indices: Any = None
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Those that are there, by name."""
@@ -54,29 +43,14 @@ class Results(NamedTuple):
     state: Any
 
 
-def axes_of(name: str, operands: Operands, state_layout: str) -> list[str]:
-    """Returns the axes that an argument must have, given the others."""
-    choices = list(ARGUMENTS[name][0])
-    if name == "state":
-        first = "B" if operands.state_indices is None else "N"
-        own = [first, "HV", *state_layout]
-        choices = [axes for axes in choices if axes.split() == own]
-    elif name == "dt_bias":
-        choices = [choices[getattr(operands.a, "ndim", 0) == 4]]
-    rank = getattr(getattr(operands, name), "ndim", 0)
-    fitting = [axes for axes in choices if len(axes.split()) == rank]
-    return (fitting or choices)[0].split()
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What is fixed when a call is traced; hashable."""
 
-    axes: Operands  # of each operand, without batch dimensions
-    scale: float
+    scale: float | None
     use_qk_l2norm: bool
     state_layout: str
     implementation: str | None
+    axes: Operands = Operands()  # of each operand, without batch dimensions
     num_batch_dims: int = 0  # put by vmap before B and before N
 
     @property
@@ -87,3 +61,6 @@ class Settings:
     def has_batch_dims(self) -> Operands:
         """Whether each operand has the batch dimensions; the weights have not."""
         return Operands(*(axes and axes[0] in ("B", "N") for axes in self.axes))
+
+
+Call = Callable[[Settings, Operands], Results]

@@ -1,17 +1,4 @@
-"""The reference of gated-delta-rule decode, in jnp: the text to read first.
-
-    g    = -exp(A_log) * softplus(a + dt_bias)                     log decay, <= 0
-    beta = sigmoid(b)                                              write strength
-    q, k = q / sqrt(sum q^2 + 1e-6), k / sqrt(sum k^2 + 1e-6)      if use_qk_l2norm
-    S    = exp(g) S                                                S is [K, V]
-    u    = beta (v - k^T S)
-    S    = S + k u^T
-    out  = scale q^T S                                             default K ** -0.5
-
-Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464. With one
-decay a key channel, exp(g) multiplies the rows of S one by one: Kimi Delta Attention,
-arXiv:2510.26692.
-"""
+"""The reference of `jax_gdn.decode`, in jnp; the formula is in its docstring."""
 
 import jax
 import jax.numpy as jnp

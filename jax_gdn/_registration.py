@@ -6,7 +6,7 @@ The only importer of `_cpu` and `_cuda`. Neither import touches a device.
 import importlib
 import re
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import jax
 import jaxlib
@@ -25,37 +25,32 @@ def runtime_ffi_version() -> tuple[int, int]:
     """Returns the FFI version that the running jaxlib speaks, from its headers."""
     header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text(encoding="utf-8")
-    major, minor = (
-        int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", text)[0])
-        for part in ("MAJOR", "MINOR")
-    )
-    return major, minor
+    parts = re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text)
+    version = {part: int(number) for part, number in parts}
+    return version["MAJOR"], version["MINOR"]
 
 
-def _load(name: str) -> ModuleType | None:
-    """Imports a native module; None where this build does not have it."""
+def _load(name: str, platform: str) -> Any:
+    """Imports a native module and hands its handlers to XLA, if this build has it."""
     try:
-        return importlib.import_module(f"jax_gdn.{name}")
+        module = importlib.import_module(f"jax_gdn.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"jax_gdn.{name}":
             raise
         return None
-
-
-def _register(module: ModuleType, platform: str) -> str | None:
-    """Hands a module's handlers to XLA, or says why that must not be."""
     # A jaxlib that is handed handlers of a newer FFI version refuses them by
     # breaking the whole backend, so they are held back here.
     built, runs = module.FFI_API_VERSION, runtime_ffi_version()
     if built[0] != runs[0] or built[1] > runs[1]:
-        return (
+        unregistered[module.__name__] = (
             f"{module.__name__} was built with XLA FFI {built[0]}.{built[1]}, "
             f"but jaxlib {jaxlib.version.__version__} speaks {runs[0]}.{runs[1]}. "
             "Upgrade jaxlib, or rebuild jax_gdn against this one."
         )
-    stages = module.handlers()["decode"]
-    jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
-    return None
+    else:
+        stages = module.handlers()["decode"]
+        jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
+    return module
 
 
 def require_handlers() -> None:
@@ -64,18 +59,14 @@ def require_handlers() -> None:
         raise ImportError(f"jax_gdn: {held_back}")
 
 
-_host = _load("_cpu")
-if _host is None:
-    raise ImportError(
-        "jax_gdn: the native module _cpu is missing. This is most likely the source "
-        "tree: install it with `pip install .` and run from elsewhere, or use the "
-        "`jax-gdn` script and `pytest --import-mode=importlib`."
-    )
-cpu: ModuleType = _host
-cuda: ModuleType | None = _load("_cuda")
 # By module, why its handlers were held back. Said where they are wanted: until then,
 # `jax-gdn info` and `reference_decode` work.
 unregistered: dict[str, str] = {}
-for _module, _platform in ((cpu, "cpu"), (cuda, "CUDA")):
-    if _module is not None and (_held_back := _register(_module, _platform)):
-        unregistered[_module.__name__] = _held_back
+cpu: Any = _load("_cpu", "cpu")
+cuda: Any = _load("_cuda", "CUDA")
+if cpu is None:
+    raise ImportError(
+        "jax_gdn: the native module _cpu is missing. This is most likely the source "
+        "tree: install it with `pip install -e .`, or with `pip install .` and run "
+        "Python elsewhere."
+    )

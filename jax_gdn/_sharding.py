@@ -3,26 +3,30 @@
 Sequences and value heads do not know of each other. So one choice of mesh axes for B
 and for HV, taken from the state's sharding, is imposed on all operands, and the state
 stays where it is. A device that holds only some value heads of a key head has that key
-head whole. Here is what both kinds of mesh axes have in common; see _explicit_mesh.py
-and _auto_mesh.py.
+head whole. Where types say how arrays are sharded (Explicit axes) the call becomes a
+`shard_map`; where XLA decides (Auto axes), a `custom_partitioning`.
 """
 
+import functools as ft
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_gdn._operands import Operands, Results, Settings
+from jax_gdn._operands import Call, Operands, Results, Settings
 
-Call = Callable[[Settings, Operands], Results]
-Shards = Mapping[str, tuple[str, ...]]  # the mesh axes that split an axis
 Sizes = Mapping[str, int]  # of mesh axes
 
 
-def axes_with_batch_dims(settings: Settings, name: str) -> list[str]:
+def _axes_with_batch_dims(settings: Settings, name: str) -> list[str]:
     """Returns the axes of an operand, or of the results, `out` and `new_state`."""
     operand = {"out": "v", "new_state": "state"}.get(name, name)
     axes = getattr(settings.axes, operand)
@@ -30,7 +34,7 @@ def axes_with_batch_dims(settings: Settings, name: str) -> list[str]:
     return [*batch, *axes] if axes[0] in ("B", "N") else list(axes)
 
 
-def mesh_axes_of(spec: Iterable[Any]) -> list[str]:
+def _mesh_axes_of(spec: Iterable[Any]) -> list[str]:
     """Returns all mesh axes that a spec names."""
     return [
         name
@@ -39,63 +43,51 @@ def mesh_axes_of(spec: Iterable[Any]) -> list[str]:
     ]
 
 
-def _divides(names: Iterable[str], sizes: Sizes, size: int) -> bool:
-    return size % math.prod(sizes[name] for name in names) == 0
+def _count(names: Iterable[str], sizes: Sizes) -> int:
+    return math.prod(sizes[name] for name in names)
 
 
-def choose_shards(
-    settings: Settings, sizes: Sizes, arrays: Iterable[tuple[str, Any]]
-) -> Shards:
-    """Returns how axes are split: as by the first array, then what others can add."""
+def _choose_shards(
+    settings: Settings, sizes: Sizes, arrays: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Returns the mesh axes that split an axis."""
     # Any row of a pool may write any slot, so neither B nor N is split.
     free = {f"E{i}" for i in range(settings.num_batch_dims)} | {"HV"}
     free |= set() if settings.has_pool else {"B"}
-    shards: dict[str, tuple[str, ...]] = {}
-    for name, x in arrays:
-        axes = axes_with_batch_dims(settings, name)
-        for axis, size, entry in zip(axes, x.shape, x.sharding.spec, strict=False):
-            names = tuple(mesh_axes_of([entry]))
+    shards = {}
+    for name, (shape, spec) in arrays.items():
+        axes = _axes_with_batch_dims(settings, name)
+        for axis, size, entry in zip(axes, shape, spec, strict=False):
+            names = tuple(_mesh_axes_of([entry]))
             taken = any(set(names) & set(others) for others in shards.values())
-            fits = names and not taken and _divides(names, sizes, size)
+            fits = names and not taken and size % _count(names, sizes) == 0
             if fits and axis in free - shards.keys():
                 shards[axis] = names
     return shards
 
 
-def _key_head_shards(shards: Shards, sizes: Sizes, H: int) -> tuple[str, ...]:
-    """Returns those of the mesh axes that split HV that split H too: the first ones."""
-    names = shards.get("HV", ())
-    while not _divides(names, sizes, H):
-        names = names[:-1]
-    return names
+def _split(
+    settings: Settings, call: Call, sizes: Sizes, arrays: Mapping[str, Any], H: int
+) -> tuple[Operands, Results, Callable[[Operands], Results]]:
+    """Returns the specs of operands and results, and the call on a device's shards.
 
-
-def specs_of(
-    settings: Settings, sizes: Sizes, shards: Shards, H: int
-) -> tuple[Operands, Results]:
-    """Returns the specs of all operands, and of both results."""
-    split = {**shards, "H": _key_head_shards(shards, sizes, H)}
+    Axes are split as by the first of the arrays, then by what the others can add.
+    """
+    shards = _choose_shards(settings, sizes, arrays)
+    of_heads = of_keys = shards.get("HV", ())
+    while H % _count(of_keys, sizes):
+        of_keys = of_keys[:-1]
+    of_groups = of_heads[len(of_keys) :]
+    shards["H"] = of_keys
 
     def spec(name: str) -> PartitionSpec:
-        axes = axes_with_batch_dims(settings, name)
-        return PartitionSpec(*(split.get(axis) or None for axis in axes))
-
-    there = settings.axes._asdict().items()
-    operands = Operands(*(axes and spec(name) for name, axes in there))
-    return operands, Results(spec("out"), spec("new_state"))
-
-
-def on_shard(
-    settings: Settings, call: Call, sizes: Sizes, shards: Shards, H: int
-) -> Callable[[Operands], Results]:
-    """Returns the call on one device's shards."""
-    of_keys = _key_head_shards(shards, sizes, H)
-    of_groups = shards.get("HV", ())[len(of_keys) :]
+        axes = _axes_with_batch_dims(settings, name)
+        return PartitionSpec(*(shards.get(axis) or None for axis in axes))
 
     def on_shard(operands: Operands) -> Results:
         if of_groups:
             HV = operands.v.shape[-2]
-            group = HV * math.prod(sizes[name] for name in shards["HV"]) // H
+            group = HV * _count(of_heads, sizes) // H
             heads = (lax.axis_index(of_groups) * HV + jnp.arange(HV)) // group
             q, k = (
                 x.at[..., heads, :].get(mode="promise_in_bounds")
@@ -104,4 +96,142 @@ def on_shard(
             operands = operands._replace(q=q, k=k)
         return call(settings, operands)
 
-    return on_shard
+    there = settings.axes._asdict().items()
+    specs = Operands(*(axes and spec(name) for name, axes in there))
+    return specs, Results(spec("out"), spec("new_state")), on_shard
+
+
+def shard_explicit(call: Call) -> Call:
+    """Returns the call on every device's shard, where types say what that is."""
+
+    def shard_explicit(settings: Settings, operands: Operands) -> Results:
+        types = {name: jax.typeof(x) for name, x in operands.items()}
+        state = types["state"]
+        mesh = state.sharding.mesh
+        # Types name Explicit axes only.
+        named = {n for x in types.values() for n in _mesh_axes_of(x.sharding.spec)}
+        if not named:
+            return call(settings, operands)
+        H, sizes = types["q"].shape[-2], dict(mesh.shape)
+        # The state alone decides: it has to come back as it was, and the rest is small.
+        in_specs, out_specs, on_shard = _split(
+            settings, call, sizes, {"state": (state.shape, state.sharding.spec)}, H
+        )
+        operands = jax.tree.map(
+            lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
+            operands,
+            in_specs,
+        )
+        if AxisType.Auto in mesh.axis_types:
+            # XLA has a say too: let it split the axes of both kinds.
+            places = Results(*(NamedSharding(mesh, spec) for spec in out_specs))
+            auto: Any = ft.partial(
+                jax.sharding.auto_axes, axes=tuple(named), out_sharding=places
+            )
+            out, new_state = auto(ft.partial(call, settings))(operands)
+        else:
+            out, new_state = jax.shard_map(
+                on_shard,
+                mesh=mesh,
+                in_specs=(in_specs,),
+                out_specs=out_specs,
+                # By default all that a vmap has not taken away.
+                axis_names=named if mesh.manual_axes else set(),
+            )(operands)
+        # A state that was split otherwise (over K, say) goes back to how it was.
+        return Results(out, jax.sharding.reshard(new_state, state.sharding))
+
+    return shard_explicit
+
+
+def shard_auto(native: Call) -> Call:
+    """Returns the native call such that XLA gives every device its shard of it."""
+
+    def shard_auto(settings: Settings, operands: Operands) -> Results:
+        mesh = jax.sharding.get_abstract_mesh()
+        auto = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
+        if mesh.manual_axes and auto:
+            raise NotImplementedError(
+                "jax_gdn.decode: inside jax.shard_map the native call needs all axes "
+                f"of the mesh to be manual; got {auto} that are not. Wrap the call in "
+                f"another jax.shard_map(..., axis_names={set(auto)})."
+            )
+        if mesh.manual_axes:
+            return native(settings, operands)
+        # Not `static_argnums`, whose closures JAX's leak checker takes for leaks.
+        call = custom_partitioning(ft.partial(native, settings))
+        call.def_partition(
+            ft.partial(_partition, settings, native, mesh),
+            sharding_rule=ft.partial(_sharding_rule, settings),
+        )
+        return call(operands)
+
+    return shard_auto
+
+
+def _spec_of(x: jax.ShapeDtypeStruct, mesh: Mesh) -> PartitionSpec:
+    """Returns which axes of the mesh split an array, in names.
+
+    JAX hands over shardings without names where the mesh comes from the context alone
+    (up to 0.12 at least).
+    """
+    if isinstance(x.sharding, NamedSharding):
+        return x.sharding.spec
+    parts = x.sharding.shard_shape(x.shape)
+    wide = [name for name, size in mesh.shape.items() if size > 1]
+    choices = [x for n in range(len(wide) + 1) for x in itertools.permutations(wide, n)]
+    fitting = [
+        [names for names in choices if part * _count(names, mesh.shape) == size]
+        for size, part in zip(x.shape, parts, strict=True)
+    ]
+    for names in itertools.product(*fitting):
+        if len({*itertools.chain(*names)}) == sum(map(len, names)):
+            spec = PartitionSpec(*(n or None for n in names))
+            if NamedSharding(mesh, spec).is_equivalent_to(x.sharding, len(x.shape)):
+                return spec
+    return PartitionSpec()
+
+
+def _partition(settings: Settings, native: Call, context, mesh, operands, results):
+    """Says what every device holds and does; called by XLA's partitioner."""
+    (operands,) = operands
+    if mesh.empty:
+        # JAX hands over a mesh where an argument or a result has one; else there may
+        # be one in the context, whose shardings have lost their names.
+        of_state = results.state.sharding.devices_indices_map(results.state.shape)
+        devices = np.array(list(of_state))
+        if context.empty:
+            mesh = Mesh(devices, ("devices",))
+        else:
+            mesh = Mesh(devices.reshape(context.axis_sizes), context.axis_names)
+    H, sizes = operands.q.shape[-2], dict(mesh.shape)
+    given = {"new_state": results.state, "state": operands.state, "v": operands.v}
+    specs = {name: (x.shape, _spec_of(x, mesh)) for name, x in given.items()}
+    *specs, call = _split(settings, native, sizes, specs, H)
+    in_shardings, out_shardings = jax.tree.map(ft.partial(NamedSharding, mesh), specs)
+    return mesh, call, out_shardings, (in_shardings,)
+
+
+def _sharding_rule(settings: Settings, mesh, operands, results):
+    """Says which axes are split alike, for shardings to spread through the call."""
+    q, _, v, *_ = operands  # those that are there, in their order
+    H, HV = q.shape[-2], v.shape[-2]
+    sizes: dict[str, Any] = {}
+    heads = "h" if H == HV else "(h g)"
+    if any(H % size for size in mesh.shape.values()):
+        heads = "j"  # Not all splits of HV are splits of H, so they say nothing of it.
+    elif H != HV:
+        sizes["g"] = HV // H
+
+    def factors(name: str) -> str:
+        axes = _axes_with_batch_dims(settings, name)
+        return " ".join(heads if axis == "HV" else axis.lower() for axis in axes)
+
+    rule = "{} -> {}".format(
+        ", ".join(factors(name) for name, _ in settings.axes.items()),
+        ", ".join(map(factors, ("out", "new_state"))),
+    )
+    whole = {"t", "k", "v"} | ({"b", "n"} if settings.has_pool else set())
+    # In the order in which the rule names them first.
+    ordered = tuple(n for n in dict.fromkeys(re.findall(r"\w+", rule)) if n in whole)
+    return rule, {"need_replication_factors": ordered, **sizes}

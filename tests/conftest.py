@@ -7,16 +7,12 @@ from pathlib import Path
 import jax
 import pytest
 
-import jax_gdn  # noqa: F401
-
-# For `benchmarks`. Not before: the clone's own jax_gdn has no native modules.
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# Of `tests` and `benchmarks`. Last: the clone's own jax_gdn has no native modules.
+sys.path.append(str(Path(__file__).parents[1]))
 # Processes of `pytest -n auto` share a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Processes that tests start find each other's code by their folder.
-os.environ.pop("PYTHONSAFEPATH", None)
 # Virtual ones, for meshes; whatever is not sharded runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 

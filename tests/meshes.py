@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Case
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_gdn
+from tests.cases import Case
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 ROWS = {"q": "H", "k": "H", "v": "HV", "a": "HV", "b": "HV", "output": "HV"}

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case
-from hlo import TARGET, calls, copies, state_aliases
 from jax import lax
 
 import jax_gdn
+from tests.cases import Case
+from tests.hlo import TARGET, calls, copies, state_aliases
 
 CASE = Case(B=4)
 SHAPE = (4, 4, 128, 128)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import Case
 
 from benchmarks import (
     bench,
@@ -22,6 +21,7 @@ from benchmarks import (
     workload,
 )
 from benchmarks.__main__ import main
+from tests.cases import Case
 
 TINY = ["bench", "--batch", "1", "2", "--shape", "2/8", "--tokens", "2"]
 TINY += ["--layout", "VK", "--seconds", "0.02"]

@@ -9,7 +9,7 @@ import pytest
 
 import jax_gdn
 from jax_gdn import _registration
-from jax_gdn.cli import main
+from jax_gdn.__main__ import main
 
 
 def test_demo(capsys):

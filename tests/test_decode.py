@@ -3,7 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from cases import (
+
+import jax_gdn
+from jax_gdn import _registration
+from tests.cases import (
     CASES,
     FORM_CASES,
     ODD_CASES,
@@ -11,10 +14,7 @@ from cases import (
     VALUE_CASES,
     Case,
 )
-from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
-
-import jax_gdn
-from jax_gdn import _registration
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512bf16")
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case
 
 import jax_gdn
+from tests.cases import Case
 
 CASE = Case(B=2, H=2, HV=4, K=64, V=32)
 SHAPES = {
@@ -138,7 +138,7 @@ def test_layout_of_the_state():
         r"`state` must have shape \[B, HV, V, K\] = \[2, 4, 32, 64\]; got \[2, 4, 64"
     )
     raises(ValueError, match, state_layout="VK")
-    match = '`state_layout` must be "KV" or "VK"; got \'kv\''
+    match = "`state_layout` must be 'KV' or 'VK'; got 'kv'"
     raises(ValueError, match, state_layout="kv")
 
 
@@ -229,6 +229,6 @@ def test_l2norm_is_no_bool(value):
 def test_unknown_implementation(name):
     raises(
         ValueError,
-        f'`implementation` must be None, "native" or "xla"; got {name!r}',
+        f"`implementation` must be None or 'native' or 'xla'; got {name!r}",
         implementation=name,
     )

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, Case
-from hlo import TARGET
 from jax import export
-from meshes import host_arrays, on_one_device, split, step
 
 import jax_gdn
+from tests.cases import F32, Case
+from tests.hlo import TARGET
+from tests.meshes import host_arrays, on_one_device, split, step
 
 pytestmark = pytest.mark.usefixtures("host")
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, LAYOUTS, Case
-from oracle import OUT_TOLERANCE, assert_close, decode64
 
 import jax_gdn
+from tests.cases import F32, LAYOUTS, Case
+from tests.oracle import OUT_TOLERANCE, assert_close, decode64
 
 SMALL = {"B": 3, "H": 2, "HV": 4, "K": 64, "V": 16, "T": 4, **F32}
 ONE = {"B": 1, "T": 1, "H": 1, "HV": 450, "K": 64, "V": 16}

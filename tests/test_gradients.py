@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, Case
-from hlo import calls, collectives
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from meshes import KINDS, host_arrays, mesh_of, put, specs_of
-from oracle import decode64
 
 import jax_gdn
+from tests.cases import F32, Case
+from tests.hlo import calls, collectives
+from tests.meshes import KINDS, host_arrays, mesh_of, put, specs_of
+from tests.oracle import decode64
 
 pytestmark = pytest.mark.usefixtures("host")
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import jax
 import pytest
-from cases import Case
-from hlo import calls, collectives, copies, opcodes, state_aliases
 from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from meshes import KINDS, host_arrays, label, mesh_of, specs_of, split, step
-from test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
-from test_pools import BRANCHES, branching
-from test_slices import KEEP, inputs_of, name_of
-from test_slices import PROGRAMS as OF_SLICES
 
 import jax_gdn
 from jax_gdn import _registration
+from tests.cases import Case
+from tests.hlo import calls, collectives, copies, opcodes, state_aliases
+from tests.meshes import KINDS, host_arrays, label, mesh_of, specs_of, split, step
+from tests.test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
+from tests.test_pools import BRANCHES, branching
+from tests.test_slices import KEEP, inputs_of, name_of
+from tests.test_slices import PROGRAMS as OF_SLICES
 
 pytestmark = pytest.mark.cuda_build
 

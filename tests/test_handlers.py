@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, LAYOUTS, Case
-from ffi_client import Array, Client
-from hlo import TARGET
-from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
 from jax_gdn import _registration
 from jax_gdn._operands import OPTIONAL, Operands
+from tests.cases import DTYPES, LAYOUTS, Case
+from tests.ffi_client import Array, Client
+from tests.hlo import TARGET
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 REQUIRED = tuple(name for name in Operands._fields if name not in OPTIONAL)
 MODULES = ["_cpu", pytest.param("_cuda", marks=pytest.mark.cuda_build)]

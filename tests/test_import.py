@@ -76,7 +76,7 @@ def test_info_says_what_was_held_back(module, tmp_path):
     code = (
         NEWER.format(module=module)
         + """
-from jax_gdn.cli import main
+from jax_gdn.__main__ import main
 sys.exit(main(["info"]))
 """
     )
@@ -93,4 +93,4 @@ def test_source_tree_says_what_it_is():
         pytest.skip("an editable install imports the source tree")
     result = run("import jax_gdn", ROOT)
     assert "the native module _cpu is missing" in result.stderr
-    assert "pip install ." in result.stderr
+    assert "pip install -e ." in result.stderr

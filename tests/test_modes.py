@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case
 
 import jax_gdn
+from tests.cases import Case
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ("decode_loop", "continuous_batching", "speculative_decoding")

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, LAYOUTS, Case
 from jax import lax
 
 import jax_gdn
+from tests.cases import F32, LAYOUTS, Case
 
 pytestmark = pytest.mark.usefixtures("host")
 

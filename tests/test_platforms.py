@@ -6,11 +6,11 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import Case
-from hlo import TARGET
 
 import jax_gdn
 from jax_gdn import _registration
+from tests.cases import Case
+from tests.hlo import TARGET
 
 ODD = Case(K=96, V=40)
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case
 from jax.sharding import AxisType
-from meshes import (
+
+from tests.cases import Case
+from tests.meshes import (
     KINDS,
     host_arrays,
     mesh_of,
@@ -56,14 +57,15 @@ WORKER = """
 import sys
 import jax
 address, process = sys.argv[1], int(sys.argv[2])
+sys.path.append(sys.argv[4])
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, num_processes=2, process_id=process)
-from hlo import collectives, state_aliases
+from tests.hlo import collectives, state_aliases
 from jax.sharding import AxisType, NamedSharding
-from meshes import host_arrays, mesh_of, specs_of, split
-from test_processes import CASES, STEPS, digest, steps
+from tests.meshes import host_arrays, mesh_of, specs_of, split
+from tests.test_processes import CASES, STEPS, digest, steps
 
 assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
 for case in CASES:
@@ -97,6 +99,7 @@ def shards_of_two_processes(kind: AxisType) -> list[str]:
         workers = []
         for i in range(2):
             command = [sys.executable, "-c", WORKER, address, str(i), kind.name]
+            command.append(str(TESTS.parent))
             pipe = subprocess.PIPE
             worker = subprocess.Popen(
                 command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=TESTS

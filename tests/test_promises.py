@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, Case
-from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
+from tests.cases import F32, Case
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen3_next_float32.npz"
 

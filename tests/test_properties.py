@@ -2,12 +2,12 @@
 
 import jax
 import numpy as np
-from cases import DTYPES, LAYOUTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
+from tests.cases import DTYPES, LAYOUTS, Case
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 dtypes = st.sampled_from(sorted(DTYPES))
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case
-from hlo import calls, collectives, copies, opcodes, state_aliases
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import (
+
+import jax_gdn
+from tests.cases import Case
+from tests.hlo import calls, collectives, copies, opcodes, state_aliases
+from tests.meshes import (
     KINDS,
     assert_same_bits,
     host_arrays,
@@ -23,8 +25,6 @@ from meshes import (
     split,
     step,
 )
-
-import jax_gdn
 
 pytestmark = pytest.mark.usefixtures("host")
 

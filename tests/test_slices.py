@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case
 from jax import lax
 
 import jax_gdn
+from tests.cases import Case
 
 LAYERS, STEPS = 5, 3
 CASES = [

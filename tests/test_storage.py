@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, LAYOUTS
 
 import jax_gdn
+from tests.cases import DTYPES, LAYOUTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, GATE_INPUTS, Case
-from hlo import calls, copies, state_aliases
-from meshes import assert_same_bits, on_one_device
-from oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 import jax_gdn
+from tests.cases import F32, GATE_INPUTS, Case
+from tests.hlo import calls, copies, state_aliases
+from tests.meshes import assert_same_bits, on_one_device
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
 pytestmark = pytest.mark.usefixtures("host")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from jax_gdn import _registration
 from tests.cases import LAYOUTS, Case
 from tests.kernels import module
 from tests.ptxcheck import fault, machine
@@ -44,10 +45,8 @@ def plan_decode(
     operands, *, scale: float, use_qk_l2norm=True, state_layout="KV", kernel=None
 ) -> dict:
     """Asks the library for a launch; operands are (address, dtype, shape) by name."""
-    from jax_gdn import _cuda
-
     layout = LAYOUTS.index(state_layout)
-    return _cuda.plan(operands, scale, use_qk_l2norm, layout, kernel)
+    return _registration.cuda.plan(operands, scale, use_qk_l2norm, layout, kernel)
 
 
 def planned(case: Case, kernel: str | None = None) -> str:

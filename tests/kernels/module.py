@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 
+from jax_gdn import _registration
 from tests.cases import Case
 from tests.ptxcheck import sass
 from tests.ptxcheck.binary import Binary, find_cuobjdump
@@ -61,7 +61,7 @@ class Instance:
 
 def why_missing() -> str | None:
     """Why there is nothing to run here, or None."""
-    if importlib.util.find_spec("jax_gdn._cuda") is None:
+    if _registration.cuda is None:
         return "jax_gdn was built without CUDA"
     if find_cuobjdump() is None:
         return "no cuobjdump: pip install nvidia-cuda-cuobjdump"
@@ -73,9 +73,7 @@ def instances() -> tuple[Instance, ...]:
     """All that the library may launch; none where it was built without CUDA."""
     if why_missing():
         return ()
-    from jax_gdn import _cuda
-
-    return tuple(Instance(**row) for row in _cuda.kernels())
+    return tuple(Instance(**row) for row in _registration.cuda.kernels())
 
 
 def of_symbol(symbol: str) -> Instance:
@@ -86,9 +84,7 @@ def of_symbol(symbol: str) -> Instance:
 @functools.cache
 def binary() -> Binary:
     """The file that ships."""
-    from jax_gdn import _cuda
-
-    return Binary(_cuda.__file__)
+    return Binary(_registration.cuda.__file__)
 
 
 def late_loads(one: Instance) -> int:

@@ -1,25 +1,57 @@
-"""vmap: mapped axes go in front of B, so that it is one call however many there are.
+"""JAX's transformations of a call: derivatives and vmap."""
 
-A mapped axis that leads already costs nothing; another one is moved, which for the
-state is a copy. The weights, `A_log` and `dt_bias`, have no B: where they are mapped
-(an ensemble of models), they move into `a`, which has.
-"""
-
-import dataclasses
 import functools as ft
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 
-from jax_gdn._explicit_mesh import shard_explicit
-from jax_gdn._operands import Operands, Results, Settings
+from jax_gdn._operands import Call, Operands, Results, Settings
 from jax_gdn._reference import decay_rate
-from jax_gdn._sharding import Call
+from jax_gdn._sharding import shard_explicit
+
+
+def differentiable(call: Call, reference: Call) -> Call:
+    """Returns the call with the derivatives of the reference, of either mode.
+
+    Reverse mode keeps the operands, among them the state as it was, and nothing else:
+    the reference runs again on the way back. So a state that is differentiated through
+    is not updated in place, and a scan of steps keeps one state a step.
+    """
+
+    def differentiable(settings: Settings, operands: Operands) -> Results:
+        primal = jax.custom_jvp(ft.partial(call, settings))
+
+        def jvp(primals, tangents):
+            (operands,), (moves,) = primals, tangents
+            moving = {
+                name: t for name, t in moves.items() if not isinstance(t, SymbolicZero)
+            }
+
+            # Nothing of it is kept for the way back, and XLA may merge what it can.
+            @ft.partial(jax.checkpoint, prevent_cse=False)
+            def of_moving(moved: dict) -> Results:
+                return reference(settings, operands._replace(**moved))
+
+            moved = {name: getattr(operands, name) for name in moving}
+            _, results = jax.jvp(of_moving, [moved], [moving])
+            return primal(operands), results
+
+        primal.defjvp(jvp, symbolic_zeros=True)
+        return primal(operands)
+
+    return differentiable
 
 
 def batched(call: Call) -> Call:
-    """Returns the call, which vmap gives one batch dimension more."""
+    """Returns the call, which vmap gives one batch dimension more, in front of B.
+
+    A mapped axis that leads already costs nothing; another one is moved, which for the
+    state is a copy. `A_log` and `dt_bias` have no B: where they are mapped (an ensemble
+    of models), they move into `a`, which has.
+    """
 
     def batched(settings: Settings, operands: Operands) -> Results:
         mapped_call = custom_vmap(ft.partial(call, settings))
@@ -27,9 +59,7 @@ def batched(call: Call) -> Call:
         @mapped_call.def_vmap
         def rule(axis_size: int, in_batched: list[Operands], operands: Operands):
             (mapped,) = in_batched
-            inner = dataclasses.replace(
-                settings, num_batch_dims=settings.num_batch_dims + 1
-            )
+            inner = settings._replace(num_batch_dims=settings.num_batch_dims + 1)
             operands = _with_batch_dim(settings, axis_size, mapped, operands)
             # A mapped axis may be split over the mesh too.
             return shard_explicit(batched)(inner, operands), Results(True, True)
@@ -75,13 +105,10 @@ def _weights_into_a(
     def widened(name: str) -> Array:
         x = getattr(operands, name).astype(jnp.float32)
         x = x if getattr(mapped, name) else x[None]
-        if name == "a":
-            return x
         # [E, HV] or [E, HV, K] beside an `a` of [E, ..., B, T, HV] or [.., HV, K].
-        x = jnp.expand_dims(x, range(1, dims + 3))
-        return jnp.expand_dims(x, range(x.ndim, a_rank))
+        x = x if name == "a" else jnp.expand_dims(x, range(1, dims + 3))
+        return jnp.expand_dims(x, range(x.ndim, 1 + dims + len(settings.axes.a)))
 
-    a_rank = 1 + dims + len(settings.axes.a)
     x = widened("a") + widened("dt_bias")
     dt_bias = jnp.zeros(x.shape[dims + 3 :], jnp.float32)
     if not mapped.A_log:
