@@ -139,17 +139,19 @@ def _loops(config: Config, inputs: list[workload.Inputs]) -> dict[str, Any]:
         make = ft.partial(HostLoop, states=states[:1], rests=rests)
         return {
             "native": make(native),
-            "XLA donated": make(reference),
-            "XLA not donated": make(reference, donate=False),
-            "limit": roofline.loop_of(states),
+            "reference, donated": make(reference),
+            "reference, not donated": make(reference, donate=False),
+            "roofline": roofline.loop_of(states),
         }
     graphs = {"compiler_options": COMMAND_BUFFERS}
     return {
         "native": DeviceLoop(native, states, rests, **graphs),
         "native, stepped from Python": HostLoop(native, states, rests, **graphs),
-        "XLA donated": reference_loop(reference, states, rests),
-        "XLA not donated": reference_loop(reference, states, rests, donate=False),
-        "limit": roofline.loop_of(states),
+        "reference, donated": reference_loop(reference, states, rests),
+        "reference, not donated": reference_loop(
+            reference, states, rests, donate=False
+        ),
+        "roofline": roofline.loop_of(states),
     }
 
 
@@ -167,8 +169,9 @@ def measure_config(
         new_state, out = step(state, rest)
         workload.verify(name, inputs[0], out, new_state, config.layout)
     timings = timing.measure(_loops(config, inputs), seconds)
-    native, limit = timings["native"].median, timings["limit"].median
-    xla = min(("XLA donated", "XLA not donated"), key=lambda n: timings[n].median)
+    native, bound = timings["native"].median, timings["roofline"].median
+    references = ("reference, donated", "reference, not donated")
+    best = min(references, key=lambda name: timings[name].median)
     return {
         **dataclasses.asdict(config),
         "family": config.family,
@@ -176,10 +179,10 @@ def measure_config(
         "state_bytes": config.state_bytes,
         "sets": held,
         "timings": {name: times.microseconds for name, times in timings.items()},
-        "xla": xla,
+        "best_reference": best,
         "GB/s": 2 * config.state_bytes / native / 1e9,
-        "of_limit": limit / native,
-        "times_faster": timings[xla].median / native,
+        "of_roofline": bound / native,
+        "times_faster": timings[best].median / native,
     }
 
 

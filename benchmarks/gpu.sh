@@ -14,12 +14,10 @@ shift
 cd "$(dirname "$0")/.."
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 
-# -P, because the source tree has no native modules.
-python() { python3 -P "$@"; }
 benchmarks() { python3 -m benchmarks "$@"; }
 
 build() {  # for this GPU's machine code, and PTX, which the tests read
-  python3 -m pip install --quiet --no-build-isolation --no-deps --force-reinstall . \
+  python3 -m pip install --quiet --no-build-isolation --no-deps --force-reinstall -e . \
     -Ccmake.define.JAX_GDN_BENCH=ON
 }
 
@@ -27,7 +25,7 @@ build() {  # for this GPU's machine code, and PTX, which the tests read
 # another plugin; they are no GPU tests.
 tests() {
   JAX_GDN_REQUIRE_GPU=1 JAX_GDN_REQUIRE_PTX=1 \
-    python -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal \
+    python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n 16 --dist worksteal \
     -m "slow or not slow" "$@"
 }
 
@@ -44,7 +42,7 @@ sanitize() {
     JAX_GDN_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_ALLOCATOR=$allocator \
       compute-sanitizer --tool "$tool" "${options[@]}" \
       --kernel-name kernel_substring=gdn_ --error-exitcode 9 \
-      python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark \
+      python3 -m pytest -q -p no:cacheprovider -p no:benchmark \
       -k "native and not on_the_host or row_alone" \
       tests/test_decode.py tests/test_pools.py tests/test_promises.py \
       > "$out/sanitize-$tool.log" 2>&1 &

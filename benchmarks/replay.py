@@ -158,19 +158,19 @@ def measure(replay: Replay, rows: dict[str, Config], seconds: float) -> dict[str
     timings = timing.measure(graphs, seconds, queued=True)
     for graph in graphs.values():
         graph.free()
-    limit = min(t.median for name, t in timings.items() if name not in kernels)
+    best = min(t.median for name, t in timings.items() if name not in kernels)
     base = next(iter(rows.values()))
     return {
         "B": base.B,
         "state_dtype": base.state_dtype,
         "K": base.K,
-        "limit_us": 1e6 * limit,
+        "roofline_us": 1e6 * best,
         "rows": {
             name: {
                 "kernel": kernels.get(name),
                 "median_us": 1e6 * times.median,
                 "quartiles_us": [1e6 * times.low, 1e6 * times.high],
-                "of_limit": limit / times.median,
+                "of_roofline": best / times.median,
             }
             for name, times in timings.items()
         },
@@ -203,7 +203,7 @@ def run(given: argparse.Namespace) -> None:
             low, high = row["quartiles_us"]
             print(
                 f"  {name:48} {row['median_us']:8.2f} ({low:.2f} to {high:.2f}) "
-                f"{row['of_limit']:6.1%} {row['kernel'] or ''}",
+                f"{row['of_roofline']:6.1%} {row['kernel'] or ''}",
                 flush=True,
             )
         # What is measured so far, and the clocks that the GPU then has.

@@ -13,8 +13,7 @@
 
 namespace jax_gdn {
 
-// Of H100 SXM and H200. Where there are more or fewer, as where a multiprocessor runs
-// more or fewer blocks than a spec says, only speed differs.
+// Of H100 SXM and H200. On other GPUs results are the same; only speed may differ.
 constexpr unsigned kMultiprocessors = 132;
 
 // Number of the block among all, which start in this order.
@@ -34,10 +33,10 @@ __device__ __forceinline__ void StaggerFirstWave() {
   }
 }
 
-// Prefetches into the L2 cache what a block reads that starts about when this one ends:
-// that one then waits for its rows a little less. A distance too large by one costs 10
-// to 25 %. The blocks of a state prefetch equal shares of a later one, which are
-// contiguous also where what each of them reads is not. For V = K.
+// Prefetches into the L2 cache what a block reads that starts about when this one ends,
+// so that it waits less. A distance too large by one costs 10 to 25 %. Each block of a
+// state prefetches an equal, contiguous share of a later state, whatever rows it reads
+// itself. For V = K.
 template <typename T>
 __device__ __forceinline__ void PrefetchLaterTile(const DecodeParams& p, int lane) {
   constexpr int kDistance = T::kSpec.prefetch_distance;

@@ -42,10 +42,10 @@ __device__ __forceinline__ float Softplus(float x) {
   return fmaxf(x, 0.0f) + Log1pOfFraction(expf(-fabsf(x)));
 }
 
-// Above this A_log, exp(A_log) may be infinite where softplus(x) is as good as 0, and
-// above kMaxFloat softplus(x) is infinite where exp(A_log) may be 0. What is computed
-// then is exp(A_log + x) times softplus(kUnitSoftplus), which is 1; x, which
-// softplus(x) is the exp of below -17, being at most the logarithm of kMaxFloat.
+// exp(A_log) * softplus(x) must not become inf * 0. Above kMaxALog exp(A_log) may be
+// infinite where softplus(x) is nearly 0; above kMaxFloat softplus(x) is infinite where
+// exp(A_log) may be 0. The decay rate is then exp(A_log + x), because softplus(x) is
+// exp(x) below x = -17, with x at most kLogMaxFloat, times softplus(kUnitSoftplus) = 1.
 constexpr float kMaxALog = 88.0f;
 constexpr float kMaxFloat = 3.4028235e38f, kLogMaxFloat = 88.722839f;
 constexpr float kUnitSoftplus = 0.54132485f;

@@ -48,12 +48,6 @@ struct BlockCoord {
   }
 };
 
-// The type of q, k or v.
-template <typename T>
-__device__ __forceinline__ DType TypeOf(const Input& x) {
-  return T::kSingle ? DType::kBFloat16 : x.dtype;
-}
-
 // A lane's part of a K-vector: kWidth neighbouring elements of each of kParts parts,
 // where kLanes lanes share a part.
 template <int kWidth_, int kLanes_, int kParts_>

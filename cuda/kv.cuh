@@ -150,7 +150,7 @@ struct KVTile : SpecTraits<kSpec_> {
 
   // What a thread needs of a token, by quads of its rows: quad j of its class c. Staged
   // in shared memory, or q and k in registers, as bfloat16.
-  struct StagedEntries {
+  struct EntriesSmem {
     const KVTile& tile;
     const TokenSmem<KVTile>& token;
 
@@ -167,7 +167,7 @@ struct KVTile : SpecTraits<kSpec_> {
       return At(token.decay, c, j);
     }
   };
-  struct OwnEntries {
+  struct EntriesRegs {
     using A = Access<8 * kOwnClasses>;  // of neighbouring classes' quads
     const KVTile& tile;
     const GatesSmem<KVTile>& gates;
@@ -305,7 +305,7 @@ struct KVTile : SpecTraits<kSpec_> {
   __device__ __forceinline__ void Token(const Block& at, int64_t t,
                                         TokenSmem<KVTile>& token, Smem& smem,
                                         Rows& rows) const {
-    const StagedEntries entries = {*this, token};
+    const EntriesSmem entries = {*this, token};
     Sums sums =
         at.p.per_channel ? SumRows<true>(rows, entries) : SumRows<false>(rows, entries);
     PutSums(sums, smem);
@@ -337,7 +337,7 @@ struct KVTile : SpecTraits<kSpec_> {
       v_regs = LoadRaw<C, true>(p.v, at.Value(0, column));
       __syncwarp();
     }
-    OwnEntries entries = {*this, gates_smem};
+    EntriesRegs entries = {*this, gates_smem};
     entries.Load(p, at.Key(0));
     __syncwarp();
     if constexpr (kLast) {

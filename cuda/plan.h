@@ -36,8 +36,8 @@ struct KernelSpec {
   bool single_token = false, per_channel = false;
   Caching caching = Caching::kPlain;
   int min_blocks = 1;  // on a multiprocessor, for the compiler
-  // How many blocks of a multiprocessor later the rows are needed that a gate warp
-  // prefetches; 0: none. It does so first, or after it has made the gates.
+  // A gate warp prefetches the states of the block that runs this many blocks later on
+  // its multiprocessor; 0: none. It does so before or after it computes the gates.
   int prefetch_distance = 0;
   bool prefetch_first = false;
   int64_t max_states = kMany;  // B HV up to which it is the kernel to take

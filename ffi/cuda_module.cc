@@ -33,25 +33,22 @@ ffi::Error ErrorOf(const CudaStatus& status) {
                               " failed: " + cudaGetErrorString(status.error));
 }
 
-// Refuses a GPU that cannot run the kernels.
+// Why a GPU cannot run the kernels, or nothing.
+std::optional<std::string> WhyUnsupportedDevice(const std::string& name, int major,
+                                                int minor) {
+  if (major >= kMinMajor) return std::nullopt;
+  return "the GPU (" + name + ") has compute capability " + std::to_string(major) +
+         "." + std::to_string(minor) +
+         "; the CUDA kernel needs 9.0 or newer. Pass implementation=\"xla\".";
+}
+
 ffi::Error CheckDevice(int device) {
-  int major = 0, minor = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  if (error != cudaSuccess) return ErrorOf({error, "cudaDeviceGetAttribute"});
-  if (major >= kMinMajor) return ffi::Error::Success();
-  cudaDeviceProp properties;
-  error = cudaGetDeviceProperties(&properties, device);
+  cudaDeviceProp found;
+  const cudaError_t error = cudaGetDeviceProperties(&found, device);
   if (error != cudaSuccess) return ErrorOf({error, "cudaGetDeviceProperties"});
-  return ffi::Error(
-      ffi::ErrorCode::kUnimplemented,
-      "jax_gdn.decode: device " + std::to_string(device) + " (" + properties.name +
-          ") has compute capability " + std::to_string(major) + "." +
-          std::to_string(minor) +
-          "; the CUDA kernel needs 9.0 or newer. Pass implementation=\"xla\".");
+  const auto reason = WhyUnsupportedDevice(found.name, found.major, found.minor);
+  if (!reason) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
 }
 
 // Runs before every execution, so all but a device's first call must be free.
@@ -182,6 +179,8 @@ std::vector<nb::dict> KernelTable() {
     row["K"] = spec.K;
     row["VT"] = spec.VT;
     row["columns"] = spec.columns;
+    row["row_groups"] = spec.row_groups;
+    row["warp_rows"] = spec.warp_rows;
     row["single_token"] = spec.single_token;
     row["per_channel"] = spec.per_channel;
     row["streaming"] = spec.caching == Caching::kStreaming;
@@ -208,6 +207,8 @@ NB_MODULE(_cuda, m) {
     handlers["decode"] = stages;
     return handlers;
   });
+  m.def("why_unsupported_device", &WhyUnsupportedDevice, nb::arg("name"),
+        nb::arg("major"), nb::arg("minor"));
   m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
         nb::arg("V"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),

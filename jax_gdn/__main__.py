@@ -60,7 +60,7 @@ def _demo(B: int) -> tuple[dict[str, str], int]:
     rows = {
         "device": f"{device.device_kind} ({device.platform})",
         "implementation": _implementation(device),
-        "one layer": f"{call * 1e6:,.0f} us a call, one token of each of {B} sequences",
+        "one layer": f"{call * 1e6:,.0f} us a call, one token of {B} sequences",
         "state traffic": f"{2 * state.nbytes / call / 1e9:,.1f} GB/s",
         "largest error": f"{errors[0]:.1e} in out, {errors[1]:.1e} in the state",
         "state's buffer": "stayed where it was" if stayed else "MOVED",

@@ -15,9 +15,8 @@ from jax_gdn import _registration
 from jax_gdn._operands import OPTIONAL, SLOTS, Call, Operands, Results, Settings
 from jax_gdn._reference import reference_decode
 
-# Says, when a program is lowered for a platform without a native kernel, that it
-# is: an identity on one operand that leaves nothing behind. Which platform that is
-# is known no earlier.
+# An identity on one operand whose lowering rule warns or raises: only when a program is
+# lowered is its platform known, and so whether there is a native kernel for it.
 _without_native_p = Primitive("jax_gdn_without_native")
 _without_native_p.def_impl(lambda x, **_: x)
 _without_native_p.def_abstract_eval(lambda x, **_: x)
@@ -122,12 +121,14 @@ def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:
     if dims == 0:
         return operands
 
-    def merged(x: Array, batch: bool) -> Array:
-        first = math.prod(x.shape[: dims + 1])
-        return x.reshape(first, *x.shape[dims + 1 :]) if batch else x
+    def merged(name: str, x: Array) -> Array:
+        # Handlers merge those of both that are donated: XLA's host code would copy what
+        # is reshaped.
+        if name in ("state", "output") or not getattr(settings.has_batch_dims, name):
+            return x
+        return x.reshape(math.prod(x.shape[: dims + 1]), *x.shape[dims + 1 :])
 
-    has = settings.has_batch_dims
-    result = {name: merged(x, getattr(has, name)) for name, x in operands.items()}
+    result = {name: merged(name, x) for name, x in operands.items()}
     for name in SLOTS:
         if name in result:
             *pools, N = operands.state.shape[: dims + 1]
@@ -137,6 +138,4 @@ def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:
             # Outside its own pool must not become inside the next one.
             slots = jnp.where(inside, slots + first[:, None], -1)
             result[name] = slots.reshape(result[name].shape)
-    # Handlers merge those of the others: XLA's host code would copy what is reshaped.
-    result |= {"state": operands.state, "output": operands.output}
     return Operands(**result)

@@ -15,7 +15,7 @@ from jax_gdn._reference import FLOAT32_MAX
 
 
 def _must(name: str, what: str, got: object, hint: str = "") -> str:
-    return f"jax_gdn.decode: `{name}` must {what}; got {got}.{hint}"
+    return f"jax_gdn: `{name}` must {what}; got {got}.{hint}"
 
 
 def _shape_text(axes: Sequence[str], sizes: Mapping[str, int]) -> str:
@@ -91,7 +91,7 @@ def check_operands(operands: Operands, state_layout: str) -> Operands:
         _check_sizes(name, axes, sizes)
     if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
-            "jax_gdn.decode: `output_state_indices` needs `state_indices`, the slots "
+            "jax_gdn: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
         )
     return Operands(**result)
@@ -123,7 +123,7 @@ def check_settings(settings: Settings) -> None:
     if scale is not None and not isinstance(scale, numbers.Real):
         what, got = "be a Python number or None", type(scale).__name__
         raise TypeError(_must("scale", what, got))
-    if scale is not None and abs(scale) > FLOAT32_MAX:
+    if scale is not None and not abs(scale) <= FLOAT32_MAX:
         raise ValueError(_must("scale", "fit into float32", f"{scale!r:.20}"))
     if not isinstance(use_qk_l2norm, bool | np.bool_):
         got = type(use_qk_l2norm).__name__

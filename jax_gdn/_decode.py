@@ -13,7 +13,8 @@ from jax_gdn._sharding import shard_auto, shard_explicit
 from jax_gdn._transformations import batched, differentiable
 
 # The layers of a call, the outermost first: derivatives, a mesh whose types say what is
-# split, vmap, the platform, a mesh that XLA splits, the native call.
+# split, vmap, the platform, a mesh that XLA splits, the native call. Functions, and no
+# JAX primitive: its rules would come from `jax.interpreters`, which change more often.
 _CALL = differentiable(
     shard_explicit(batched(by_platform(shard_auto(native), reference))),
     shard_explicit(reference),
@@ -117,9 +118,10 @@ def decode(
     check_settings(settings)
     given = (q, k, v, state, A_log, a, dt_bias, b)
     given += (output, state_indices, output_state_indices)
+    pairs = zip(Operands._fields, given, strict=True)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
-    return _decode(settings, Operands(*map(as_array, Operands._fields, given)))
+    return _decode(settings, Operands(*(as_array(name, x) for name, x in pairs)))
 
 
 @ft.partial(jax.jit, static_argnums=0)

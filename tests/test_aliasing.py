@@ -118,7 +118,7 @@ def test_output_is_written_in_place(dtype):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
 
 
-def test_xla_form_finds_a_use_for_output():
+def test_reference_finds_a_use_for_output():
     state, (q, k, v, *gates) = arguments(one_step)
     call = jax.jit(
         lambda state, output: jax_gdn.decode(

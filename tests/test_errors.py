@@ -30,14 +30,14 @@ def arguments(**changes):
 
 
 def raises(error, match, **changes):
-    with pytest.raises(error, match=r"jax_gdn\.decode: " + match):
+    with pytest.raises(error, match="jax_gdn: " + match):
         jax_gdn.decode(**arguments(**changes))
     # The same words under jit, before anything runs.
     static = {"scale", "use_qk_l2norm", "state_layout", "implementation"}
     settings = static & changes.keys()
     arrays = {n: x for n, x in arguments(**changes).items() if n not in settings}
     fixed = {name: changes[name] for name in settings}
-    with pytest.raises(error, match=r"jax_gdn\.decode: " + match):
+    with pytest.raises(error, match="jax_gdn: " + match):
         jax.jit(lambda x: jax_gdn.decode(**x, **fixed))(arrays)
 
 
@@ -99,8 +99,8 @@ def test_where_an_expected_size_came_from():
     raises(ValueError, match, a=jnp.zeros((2, 1, 4, 64)))
 
 
-@pytest.mark.parametrize("scale", [10**400, 1e39, -1e300])
-def test_scale_is_too_large(scale):
+@pytest.mark.parametrize("scale", [10**400, 1e39, -1e300, float("nan")])
+def test_scale_does_not_fit(scale):
     raises(ValueError, "`scale` must fit into float32; got ", scale=scale)
 
 
@@ -203,7 +203,7 @@ def test_slot_that_would_wrap_around(name, slot):
     jax_gdn.decode(**arguments(**slots))
     slots[name] = np.array([0, slot], np.int64 if slot < 2**63 else np.uint64)
     given = arguments(**slots)
-    with pytest.raises(ValueError, match=r"jax_gdn\.decode: " + match):
+    with pytest.raises(ValueError, match="jax_gdn: " + match):
         jax_gdn.decode(**given)
     with pytest.raises(ValueError, match=match):
         jax.jit(lambda q: jax_gdn.decode(**{**given, "q": q}))(given["q"])

@@ -126,7 +126,7 @@ def test_kept_state_costs_one_copy(h100, program):
     assert copies(text, SHAPE) == number
 
 
-def test_xla_form_for_the_record(h100, record_property):
+def test_reference_for_the_record(h100, record_property):
     """The same step without the kernel: a copy of the state and several passes."""
 
     def step(state, rest):
@@ -274,8 +274,8 @@ def test_vmap_is_one_call_in_place(h100, mapped):
     compiled = jax.jit(call, donate_argnums=0).lower(state, rest).compile()
     text = compiled.as_text()
     assert calls(text) == state_aliases(text) == 1
-    folded = (math.prod(state.shape[:-3]), *state.shape[-3:])
-    assert copies(text, state.shape) == copies(text, folded) == 0
+    merged = (math.prod(state.shape[:-3]), *state.shape[-3:])
+    assert copies(text, state.shape) == copies(text, merged) == 0
     assert compiled.memory_analysis().alias_size_in_bytes >= 4 * math.prod(state.shape)
 
 

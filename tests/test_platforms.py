@@ -32,7 +32,7 @@ def test_native_platforms(platform, implementation):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])
-def test_xla_form_anywhere(platform):
+def test_reference_anywhere(platform):
     assert "custom_call" not in lower(platform, implementation="xla")
 
 
@@ -75,6 +75,15 @@ def test_grid_limit():
     reason = _registration.cuda.why_unsupported(65536, 1, 64, 64)
     assert reason == "the CUDA kernel takes B and HV up to 65535; got B = 65536, HV = 1"
     assert _registration.cuda.why_unsupported(65535, 65535, 64, 64) is None
+
+
+@CUDA_BUILD
+def test_old_gpu_is_refused_by_name():
+    reason = _registration.cuda.why_unsupported_device("NVIDIA A100", 8, 0)
+    assert reason.startswith("the GPU (NVIDIA A100) has compute capability 8.0; ")
+    assert 'Pass implementation="xla".' in reason
+    for major, minor in ((9, 0), (10, 3), (12, 0)):
+        assert _registration.cuda.why_unsupported_device("x", major, minor) is None
 
 
 def test_build_without_cuda(monkeypatch):

@@ -275,7 +275,7 @@ def compile_and_run_mapped(call, arrays, mesh, specs):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_xla_form_needs_no_collective_either(kind):
+def test_reference_needs_no_collective_either(kind):
     this = case(T=2)
     function = step(this, implementation="xla")
     want = on_one_device(function, *split(host_arrays(this)))

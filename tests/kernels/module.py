@@ -21,7 +21,9 @@ class Instance:
     state: str  # dtype, likewise
     K: int
     VT: int
-    columns: int
+    columns: int  # "KV"
+    row_groups: int  # "KV"
+    warp_rows: int  # "VK"
     single_token: bool
     per_channel: bool
     streaming: bool

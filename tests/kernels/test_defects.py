@@ -121,7 +121,7 @@ def test_barrier_removed(kernel, which):
 
 
 @each(*SINGLE)
-def test_meeting_with_the_gate_warp_removed(kernel):
+def test_barrier_with_the_gate_warp_removed(kernel):
     barrier = instructions(kernel, "bar.sync")[0]
     caught(kernel, *UNORDERED, edit=removed(barrier))
 
@@ -133,7 +133,7 @@ def test_arrival_of_the_gate_warp_removed(kernel):
     assert "32 threads missing, first 0" in str(found)
 
 
-def test_meeting_of_the_row_warps_removed():
+def test_barrier_of_the_row_warps_removed():
     barrier = instructions(CHANNEL, "bar.sync")[1]
     caught(CHANNEL, fault.SHARED_RACE, edit=removed(barrier))
 

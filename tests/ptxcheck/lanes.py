@@ -92,12 +92,6 @@ class Lanes:
         padded[self.row, self.lane] = values
         return padded
 
-    def of_warps(self, padded: np.ndarray) -> np.ndarray:
-        """Back from [warps, 32]."""
-        if len(self) == self.warps * WARP:
-            return padded.reshape(-1)
-        return padded[self.row, self.lane]
-
 
 @dataclasses.dataclass(frozen=True)
 class Site:

@@ -26,7 +26,6 @@ from .program import SHUFFLES, Program, unknown
 BATCH_THREADS = 8192  # together; more fall out of the cache
 WAITING = ("bar.sync", "bar.warp.sync", *SHUFFLES)  # count when they pass
 MAX_STEPS = 1_000_000  # of a batch, before it is taken for endless
-FULL_MASK = 0xFFFFFFFF
 
 
 def run(

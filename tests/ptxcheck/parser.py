@@ -27,10 +27,9 @@ class Register:
 
 @dataclasses.dataclass(frozen=True)
 class Immediate:
-    """A constant: an integer, or the bits of a float where `is_float`."""
+    """A constant: an integer, or the bits of a float."""
 
     value: int
-    is_float: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _scalar(text: str) -> Register | Immediate | Symbol:
     if text.startswith("%"):
         return Register(text)
     if match := _FLOAT32.match(text):
-        return Immediate(int(match[1], 16), is_float=True)
+        return Immediate(int(match[1], 16))
     if _INTEGER.match(text):
         return Immediate(int(text.rstrip("U"), 0))
     if re.fullmatch(r"[\w$]+", text):

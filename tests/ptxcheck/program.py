@@ -313,7 +313,6 @@ class Program:
         self.kernel = kernel
         compiler = Compiler(kernel)
         self.steps: list[Step | None] = []
-        self.guards: list[tuple[str, bool] | None] = []
         self.compiler = compiler
         for pc, instruction in enumerate(kernel.code):
             control = instruction.opcode in CONTROL
