@@ -41,6 +41,8 @@ def decode(
 ) -> tuple[Array, Array]:
     """Advances gated-delta-rule states by T tokens and reads them after each.
 
+    For every sequence, token and value head::
+
         g    = -exp(A_log) * softplus(a + dt_bias)                 log decay, <= 0
         beta = sigmoid(b)                                          write strength
         q, k = q / sqrt(sum q^2 + 1e-6), k / sqrt(sum k^2 + 1e-6)  if use_qk_l2norm
@@ -49,11 +51,10 @@ def decode(
         S    = S + k u^T
         out  = scale q^T S
 
-    for every sequence, token and value head; value head j reads key head
-    j // (HV // H). Axis letters: B sequences, T tokens, H query/key heads, HV value
-    heads, K and V head sizes, N slots of a pool. Storage types may be mixed; all
-    arithmetic is float32, between tokens too, and `out` and the state are each rounded
-    once, when stored.
+    Value head j reads key head j // (HV // H). Axis letters: B sequences, T tokens, H
+    query/key heads, HV value heads, K and V head sizes, N slots of a pool. Storage
+    types may be mixed; all arithmetic is float32, between tokens too, and `out` and the
+    state are each rounded once, when stored.
 
     The state is updated in place when it is donated to the surrounding `jax.jit`
     (`jax.jit(step, donate_argnums=...)`): same buffer, no copy. The op itself donates

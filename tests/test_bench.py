@@ -351,16 +351,6 @@ def test_layers_keep_their_states(monkeypatch):
     assert all(row["buffers_stayed"] for row in rows.values())
 
 
-def test_table_of_the_readme_is_that_of_the_results():
-    report = json.loads((ROOT / "benchmarks/results/bench-cpu.json").read_text())
-    rows = map(bench_report.line, report["results"])
-    table = "\n".join(
-        [bench_report.heading(report), *rows, bench_report.footer(report)]
-    )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- bench -->\n{table}\n<!-- /bench -->" in readme
-
-
 def test_one_batch_size_is_seen_in_the_picture():
     """A line through one point is none: every curve has a marker."""
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What the README shows runs, and what it says is so."""
+"""What README and docs show runs, and what they say is so."""
 
 import inspect
 import re
@@ -8,24 +8,57 @@ from pathlib import Path
 import pytest
 
 import jax_gdn
+from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in tables.PAGES}
+BLOCKS = {
+    name: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for name, text in PAGES.items()
+}
 
 
-def test_python_blocks_run_in_order():
+@pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
+def test_python_blocks_run_in_order(page):
     scope: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
+    for block in BLOCKS[page]:
         exec(block, scope)
-    assert scope["out"].shape == (2, 1, 32, 128)
+
+
+def test_pages_have_their_blocks():
+    count = {name: len(blocks) for name, blocks in BLOCKS.items() if blocks}
+    assert count == {
+        "README.md": 1,
+        "docs/serving.md": 8,
+        "docs/transformations.md": 1,
+    }
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
 
 
 def test_argument_table_is_the_signature():
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", PAGES["docs/api.md"], re.MULTILINE)
     named = re.findall(r"`(\w+)`", " ".join(rows))
     assert sorted(named) == sorted(inspect.signature(jax_gdn.decode).parameters)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", PAGES[page]):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_results(page):
+    assert tables.written(PAGES[page]) == PAGES[page]
+
+
+def test_every_table_has_its_page():
+    text = "".join(PAGES.values())
+    assert sorted(re.findall(r"<!-- table ([\w-]+) -->", text)) == sorted(tables.TABLES)
 
 
 def test_decode_loop_example(capsys):

@@ -1,0 +1,190 @@
+"""Writes the tables of README.md and docs/ from the JSON of benchmarks/results.
+
+A page has `<!-- table NAME -->` and `<!-- /table -->` around each; what stands between
+is replaced. With `--check` nothing is written: it ends with 1 where a page and its JSON
+disagree.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from . import bench_report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+
+Report = dict[str, Any]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _number(us: float | None) -> str:
+    """Microseconds with three digits, or four above a hundred."""
+    if us is None:
+        return ""
+    digits = 2 if us < 10 else 1
+    return f"{us:,.{digits}f}"
+
+
+def replay(report: Report) -> str:
+    """Kernels alone, us, beside the best in-place pass; percent of it where T = 1."""
+    results = report["results"]
+    batches = sorted({one["B"] for one in results})
+    rows = []
+    for state in dict.fromkeys(one["state_dtype"] for one in results):
+        of = {one["B"]: one for one in results if one["state_dtype"] == state}
+        best = [_number(of[B]["roofline_us"]) if B in of else "" for B in batches]
+        rows.append([f"in-place pass, {state}", *best])
+        timed = [row for one in of.values() for row in one["rows"].items()]
+        names = dict.fromkeys(name for name, times in timed if times["kernel"])
+        for name in sorted(names, key=lambda x: ("T=4" in x, "," in x, x)):
+            cells = []
+            for B in batches:
+                found = of.get(B, {"rows": {}})["rows"].get(name)
+                text = _number(found and found["median_us"])
+                if found and name.endswith("T=1"):
+                    text += f", {found['of_roofline']:.1%}"
+                cells.append(text)
+            layout, form = name.split(" ", 1)
+            form = form.removeprefix("T=1").removeprefix(", ").replace("T=4", "T = 4")
+            rows.append([", ".join(filter(None, (f'"{layout}"', state, form))), *cells])
+    return _table(["us a call, B =", *map(str, batches)], rows)
+
+
+def short(report: Report) -> str:
+    """The first rows of `replay`, for README."""
+    lines = replay(report).splitlines()
+    wanted = ("in-place pass, float32", '"KV", float32', '"VK", float32')
+    wanted += ('"KV", bfloat16',)
+    rows = [line for line in lines for name in wanted if line.startswith(f"| {name} |")]
+    return "\n".join([*lines[:2], *rows])
+
+
+PEERS = {
+    "in-place pass, float32": "in-place pass, float32",
+    "jax_gdn native": '`decode`, "KV"',
+    "jax_gdn native, V-major": '`decode`, "VK"',
+    "FlashInfer, K-major": "FlashInfer, K-major",
+    "FlashInfer, V-major": "FlashInfer, V-major",
+    "flash-linear-attention": "flash-linear-attention",
+    "lalamo (Pallas)": "lalamo (Pallas)",
+    "ggml (llama-cpp-python)": "ggml",
+    "transformers (torch)": "torch, as transformers writes it",
+    "onnxruntime": "onnxruntime",
+    "jax_gdn reference, donated": "the reference, donated",
+    "in-place pass, bfloat16": "in-place pass, bfloat16",
+    "jax_gdn native, bfloat16": '`decode`, "KV", bfloat16',
+    "jax_gdn native, V-major, bfloat16": '`decode`, "VK", bfloat16',
+    "FlashInfer, bfloat16 state": "FlashInfer, bfloat16",
+}
+
+
+def compare(report: Report) -> str:
+    """Implementations beside one another, us a call."""
+    times = {(x["peer"], x["B"]): x["median"] for x in report["rows"] if "median" in x}
+    batches = sorted({B for _, B in times})
+    rows = [
+        [text, *(_number(times.get((peer, B))) for B in batches)]
+        for peer, text in PEERS.items()
+        if any((peer, B) in times for B in batches)
+    ]
+    return _table(["us a call, B =", *map(str, batches)], rows)
+
+
+LAYERS = {
+    "kernel alone": "kernel alone",
+    "looped, command buffers": "looped on the device",
+    "looped, none": "the same, no command buffers",
+    "looped, a stack": "looped on the device, a stack of states",
+    "stepped, one pool": "stepped from Python, one pool for all layers",
+    "stepped, a list": "stepped from Python, a list of states",
+    "the same, x not donated": "the same, last output not donated",
+    "the same, no command buffers": "the same, no command buffers",
+    "nothing, one pool": "a program that does nothing, one pool",
+    "nothing, a list": "a program that does nothing, a list",
+}
+
+
+def layers(report: Report) -> str:
+    """A step of many layers, us a layer, with quartiles where 5 % apart."""
+    results = report["results"]
+
+    def cell(row: Report | None) -> str:
+        if row is None:
+            return ""
+        us, (low, high) = row["us_a_layer"], row["quartiles"]
+        wide = high - low > 0.05 * us
+        return f"{us:.1f}" + (f" ({low:.1f} to {high:.1f})" if wide else "")
+
+    head = [f"B = {one['B']}, {one['layers']} layers" for one in results]
+    rows = [
+        [text, *(cell(one["rows"].get(name)) for one in results)]
+        for name, text in LAYERS.items()
+        if any(name in one["rows"] for one in results)
+    ]
+    return _table(["us a layer", *head], rows)
+
+
+def drift(report: Report) -> str:
+    """Error of a stored state after many steps."""
+    steps = ("1 steps", "100 steps", "1000 steps")
+    rows = [[x["state"], *(f"{x[s]:.1e}" for s in steps)] for x in report["drift"]]
+    return _table(["state", "after 1 step", "100 steps", "1000 steps"], rows)
+
+
+def bench(report: Report) -> str:
+    rows = map(bench_report.line, report["results"])
+    footer = bench_report.footer(report)
+    return "\n".join([bench_report.heading(report), *rows, footer])
+
+
+# The JSON of each table, and who writes it.
+TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "readme-h100": ("replay-h100", short),
+    "replay-h100": ("replay-h100", replay),
+    "replay-h200": ("replay-h200", replay),
+    "compare-h200": ("compare-h200", compare),
+    "compare-h200-warm": ("compare-h200-warm", compare),
+    "compare-cpu": ("compare-cpu", compare),
+    "layers-h200": ("layers-h200", layers),
+    "layers-stack-h100": ("layers-stack-h100", layers),
+    "drift": ("accuracy-cpu", drift),
+    "bench-cpu": ("bench-cpu", bench),
+}
+
+
+def written(page: str) -> str:
+    """Returns a page with its tables as the JSON has them."""
+
+    def fill(match: re.Match) -> str:
+        file, write = TABLES[match[1]]
+        text = write(json.loads((RESULTS / f"{file}.json").read_text("utf-8")))
+        return f"<!-- table {match[1]} -->\n{text}\n<!-- /table -->"
+
+    marks = r"<!-- table ([\w-]+) -->\n.*?<!-- /table -->"
+    return re.sub(marks, fill, page, flags=re.DOTALL)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="write nothing")
+
+
+def run(options: argparse.Namespace) -> None:
+    stale = []
+    for path in PAGES:
+        page = path.read_text("utf-8")
+        if (new := written(page)) != page:
+            stale.append(str(path.relative_to(ROOT)))
+            if not options.check:
+                path.write_text(new, "utf-8")
+    if stale and options.check:
+        raise SystemExit(f"not as benchmarks/results has it: {', '.join(stale)}")
