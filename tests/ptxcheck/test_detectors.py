@@ -220,30 +220,21 @@ def test_two_threads_write_in_one_instruction():
     assert found.thread == 0
 
 
+def missed_barrier(below: str) -> fault.FaultError:
+    """Of two blocks, in which threads meet only where the first operand is below."""
+    code = f"setp.lt.u32 %p1, {below}; mov.u32 %r6, 0; @!%p1 bra $end;"
+    return caught(fault.BARRIER, code + "bar.sync 0; $end:" + LAST, blocks=2)
+
+
 def test_barrier_that_half_a_block_never_reaches():
-    found = caught(
-        fault.BARRIER,
-        """setp.lt.u32 %p1, %r1, 32; mov.u32 %r6, 0; @!%p1 bra $end;
-        bar.sync 0;
-        $end:"""
-        + LAST,
-        blocks=2,
-    )
+    found = missed_barrier("%r1, 32")
     assert (found.thread, found.block) == (0, (0, 0, 0))
     assert "32 threads missing, first 32" in str(found)
     assert found.instruction == "bar.sync 0"
 
 
 def test_barrier_that_one_block_passes_and_another_does_not():
-    found = caught(
-        fault.BARRIER,
-        """setp.lt.u32 %p1, %r3, 96; mov.u32 %r6, 0; @!%p1 bra $end;
-        bar.sync 0;
-        $end:"""
-        + LAST,
-        blocks=2,
-    )
-    assert found.block == (1, 0, 0)
+    assert missed_barrier("%r3, 96").block == (1, 0, 0)
 
 
 def test_barrier_at_which_a_warp_did_not_arrive():
