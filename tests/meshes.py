@@ -61,10 +61,35 @@ def step(case: Case, **settings):
     return call
 
 
-def on_one_device(function, *arguments):
+def on_one_device(function, *arguments, device=None):
     """Returns what a function returns where nothing is sharded."""
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(device or jax.devices("cpu")[0]):
         return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+
+
+def buffers(x: jax.Array) -> list[int]:
+    return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
+
+
+def compile_and_run(
+    case: Case, mesh: Mesh, specs: dict[str, P], function=None, alone=None
+):
+    """Compiles a donating step, checks its results against one device of the mesh.
+
+    `alone` is what runs there, where the function names a mesh. Returns the HLO, the
+    shape of a device's state, whether it stayed in its buffers, and the results.
+    """
+    function = function or step(case)
+    arrays = host_arrays(case)
+    first = mesh.devices.flat[0]
+    want = on_one_device(alone or function, *split(arrays), device=first)
+    state, rest = split(put(arrays, mesh, specs))
+    compiled = jax.jit(function, donate_argnums=0).lower(state, rest).compile()
+    where = buffers(state)
+    got = compiled(state, rest)
+    assert_same_bits(got, want)
+    shard = got[0].sharding.shard_shape(got[0].shape)
+    return compiled.as_text(), shard, buffers(got[0]) == where, got
 
 
 def assert_same_bits(got, want) -> None:

@@ -16,6 +16,7 @@ from tests.hlo import calls, collectives, copies, opcodes, state_aliases
 from tests.meshes import (
     KINDS,
     assert_same_bits,
+    compile_and_run,
     host_arrays,
     label,
     mesh_of,
@@ -35,20 +36,6 @@ POOL = {"N": 6, "reads": (5, 0, 3, -1), "writes": (1, 6, 3, 4)}
 
 def case(**changes) -> Case:
     return Case(**SIZES | changes)
-
-
-def compile_and_run(case: Case, mesh, specs, function=None):
-    """Compiles a donating step, checks its results, and returns HLO and buffers."""
-    function = function or step(case)
-    want = on_one_device(function, *split(host_arrays(case)))
-    state, rest = split(put(host_arrays(case), mesh, specs))
-    compiled = jax.jit(function, donate_argnums=0).lower(state, rest).compile()
-    where = [x.data.unsafe_buffer_pointer() for x in state.addressable_shards]
-    got = compiled(state, rest)
-    assert_same_bits(got, want)
-    kept = [x.data.unsafe_buffer_pointer() for x in got[0].addressable_shards] == where
-    shard = got[0].sharding.shard_shape(got[0].shape)
-    return compiled.as_text(), shard, kept, got
 
 
 IN_PLACE = [
