@@ -1,8 +1,10 @@
 """Programs that outlive a process: export, caches, and what tracing alone shows."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,7 @@ def exported(case: Case, function=None) -> export.Exported:
 
 RELOAD = """
 import sys
+from pathlib import Path
 import jax, numpy as np
 from jax import export
 import jax.numpy as jnp
@@ -151,6 +154,7 @@ def test_symbolic_heads_are_refused():
 
 CACHED = """
 import sys
+from pathlib import Path
 import jax, jax.monitoring, numpy as np
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
@@ -217,3 +221,20 @@ def test_checkpoint_changes_nothing():
     got = on_one_device(jax.checkpoint(step(DENSE)), state, rest)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+# Of jax_gdn 0.1.0 under jax 0.9.1, by `exported(KEPT)`.
+KEPT = Case(**POOL.__dict__ | {"writes": (1, 3, 4, -1), "layout": "VK"})
+KEPT = dataclasses.replace(KEPT, state="bfloat16")
+
+
+def test_a_program_of_the_version_before_runs():
+    """The promise of the target's name: `decode.v1` keeps its meaning."""
+    path = Path(__file__).parent / "golden" / "decode_v1.jax_export"
+    program = export.deserialize(bytearray(path.read_bytes()))
+    assert TARGET in program.mlir_module()
+    state, rest = split(host_arrays(KEPT))
+    want = on_one_device(step(KEPT), state, rest)
+    got = jax.jit(program.call)(state, rest)
+    np.testing.assert_array_equal(np.asarray(got[0]), want[0])
+    np.testing.assert_array_equal(np.asarray(got[1]), want[1])
