@@ -26,7 +26,7 @@ from . import timing
 from .loops import COMMAND_BUFFERS, DeviceLoop
 from .machine import machine
 from .options import output_file, positive, seconds, write_json
-from .workload import Config, decode_step, model_inputs, on_gpu, split_state
+from .workload import Config, Inputs, decode_step, model_inputs, on_gpu, split_state
 
 STEPS = 20  # of the loop on the device
 
@@ -83,8 +83,9 @@ class Steps:
         join: Callable | None = None,
         looped: int = 1,
         donate: tuple[int, ...] = (0, 2),
+        inputs: Inputs | None = None,
     ):
-        state, self._rest = split_state(model_inputs(Config(B=B)))
+        state, self._rest = split_state(inputs or model_inputs(Config(B=B)))
         self._states = [jnp.array(state) for _ in range(layers)]
         if join is not None:
             self._states = [join(self._states)]
@@ -112,8 +113,17 @@ class Steps:
     def wait(self) -> None:
         jax.block_until_ready((self._states, self._x))
 
+    def text(self) -> str:
+        """Returns the compiled program."""
+        compiled = self._call.lower(self._states, self._rest, self._x).compile()
+        return compiled.as_text() or ""
+
     def buffers(self) -> list[int]:
-        return [state.unsafe_buffer_pointer() for state in self._states]
+        return [
+            shard.data.unsafe_buffer_pointer()
+            for state in self._states
+            for shard in state.addressable_shards
+        ]
 
 
 def kernel_alone(layers: int, B: int) -> Any:

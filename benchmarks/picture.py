@@ -36,31 +36,30 @@ def lines(rows: list[dict[str, Any]], state: str) -> dict[str, dict[int, float]]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    panels = figure.subplots(1, len(STATES), sharey=True)
-    for axes, state in zip(panels, STATES, strict=True):
-        of_pass = lines(report["rows"], state)
-        for name, shares in of_pass.items():
-            batches = sorted(shares)
-            style = "o-" if name.startswith("decode") else "s--"
-            axes.plot(batches, [shares[B] for B in batches], style, label=name)
-        ticks = sorted({B for shares in of_pass.values() for B in shares})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set(xlabel="sequences, B", title=f"{state} states")
-        axes.axhline(100, color="gray", linestyle=":")
-        axes.grid(alpha=0.3)
-        axes.legend(
-            fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12)
-        )
-    panels[0].set(ylabel="percent of an in-place pass", ylim=(0, None))
-    machine = report["machine"]
-    figure.suptitle(
-        f"{machine['device']}; jax {machine['jax']}; 16/32 heads, one token"
-    )
-    figure.savefig(path, dpi=150)
+    with rc_context({"font.size": 14}):  # as wide as a telephone, and legible there
+        figure = Figure(figsize=(6, 9), layout="constrained")
+        panels = figure.subplots(len(STATES), 1, height_ratios=(3, 2))
+        for axes, state in zip(panels, STATES, strict=True):
+            of_pass = lines(report["rows"], state)
+            for name, shares in of_pass.items():
+                batches = sorted(shares)
+                style = "o-" if name.startswith("decode") else "s--"
+                axes.plot(batches, [shares[B] for B in batches], style, label=name)
+            ticks = sorted({B for shares in of_pass.values() for B in shares})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.set(title=f"{state} states", ylabel="% of the pass", ylim=(0, None))
+            axes.axhline(100, color="gray", linestyle=":")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=12, ncols=2, loc="lower right")
+        panels[-1].set(xlabel="sequences, B")
+        machine = report["machine"]
+        name = machine["device"].removesuffix(" (gpu)")
+        figure.suptitle(f"{name}, jax {machine['jax']}, 16/32 heads", fontsize=14)
+        figure.savefig(path, dpi=100)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

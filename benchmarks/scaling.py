@@ -1,68 +1,111 @@
-"""Prints what decoding costs a device of a pod, on paper: state bytes and collectives.
+"""Times a step of many layers over several devices, beside one device.
 
-Compiles one layer's step (Qwen3-Next: 16 key heads, 32 value heads of 128 x 128,
-float32 states) for eight virtual devices, reads from the compiled program the bytes of
-state that a device holds and the collectives, and scales rows with the devices: what
-one device does stays the same. The time is the state read and written once at the
-bandwidth given, in TB/s (4.8: an H200), and no kernel reaches more.
+Every device has as many rows' worth of state whatever their number: the rows are split,
+or the heads of as many more rows. Nothing is to wait for another device, so a step
+should take what it takes on one; collectives and copies of states in the compiled
+program are counted. Looped on the device, with and without command buffers.
 """
 
 import argparse
+import functools as ft
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.hlo import collectives
+from tests.hlo import collectives, copies
 
-from .options import positive
-from .workload import Config, decode_step, split_state
+from . import timing
+from .layers import STEPS, Steps, options_of
+from .machine import machine
+from .options import output_file, positive, seconds, write_json
+from .workload import WEIGHTS, Config, Inputs, rows_of
 
-COMPILED = 8
 
-
-def compiled_step(config: Config, shape: tuple[int, int]):
-    """Returns the compiled step on a mesh of rows x heads, and a device's bytes."""
+def inputs_of(B: int, devices: int, axis: str) -> Inputs:
+    """Returns operands of B rows a device, split over rows ("b") or heads ("h")."""
     mesh = jax.make_mesh(
-        shape, ("b", "h"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")
+        (devices,), (axis,), (AxisType.Auto,), devices=jax.devices()[:devices]
     )
+    rows, repeats = rows_of(B * devices)
     specs = {"state": P("b", "h"), "A_log": P("h"), "dt_bias": P("h")}
-    types = {
-        name: jax.ShapeDtypeStruct(
-            x.shape,
-            x.dtype,
-            sharding=NamedSharding(mesh, specs.get(name, P("b", None, "h"))),
-        )
-        for name, x in config.arrays().items()
+
+    def put(name: str, x: Any) -> jax.Array:
+        spec = specs.get(name, P("b", None, "h"))
+        sharding = NamedSharding(mesh, P(*(n if n == axis else None for n in spec)))
+        many = 1 if name in WEIGHTS else repeats
+        tile = ft.partial(jax.numpy.tile, reps=(many, *[1] * (x.ndim - 1)))
+        return jax.jit(tile, out_shardings=sharding)(x)
+
+    return {name: put(name, x) for name, x in Config(B=rows).arrays().items()}
+
+
+def forms(numbers: list[int]) -> Iterator[tuple[str, int, str]]:
+    """Yields a name, how many devices, and the axis that is split."""
+    yield "one device", 1, "b"
+    for devices in numbers:
+        if devices > 1:
+            yield f"{devices} devices, rows", devices, "b"
+            yield f"{devices} devices, heads", devices, "h"
+
+
+def measure(layers: int, B: int, numbers: list[int], seconds: float) -> dict[str, Any]:
+    loops, program = {}, {}
+    for name, devices, axis in forms(numbers):
+        inputs = inputs_of(B, devices, axis)
+        for graphs in (True, False):
+            key = name if graphs else f"{name}, no command buffers"
+            options = options_of(graphs)
+            loop = Steps(layers, B, options, looped=STEPS, inputs=inputs)
+            state = inputs["state"]
+            shard = state.sharding.shard_shape(state.shape)
+            text = loop.text()
+            program[key] = {
+                "collectives": len(collectives(text)),
+                "copies": copies(text, shard),
+            }
+            loop.run(2)
+            loop.wait()
+            loops[key] = loop
+    before = {name: loop.buffers() for name, loop in loops.items()}
+    timings = timing.measure(loops, seconds)
+    return {
+        "B": B,
+        "layers": layers,
+        "rows": {
+            name: {
+                "us_a_layer": 1e6 * times.median,
+                "quartiles": [1e6 * times.low, 1e6 * times.high],
+                "buffers_stayed": loops[name].buffers() == before[name],
+                **program[name],
+            }
+            for name, times in timings.items()
+        },
     }
-    step = jax.jit(decode_step(None), donate_argnums=0)
-    compiled = step.lower(*split_state(types)).compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    return compiled, memory.alias_size_in_bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", type=positive, default=64)
-    parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s")
-
-
-def run(options: argparse.Namespace) -> None:
-    jax.config.update("jax_num_cpu_devices", COMPILED)
-    print(
-        f"| rows x heads of {COMPILED} | collectives | state a device, read and ",
-        end="",
+    parser.add_argument(
+        "--devices", type=positive, nargs="+", help="how many (all there are)"
     )
-    print(f"written | at least | rows on {options.devices} devices |")
-    print("|---|---|---|---|---|")
-    for shape in ((8, 1), (2, 4), (1, 8)):
-        config = Config(B=64)
-        compiled, held = compiled_step(config, shape)
-        waits = len(collectives(compiled.as_text()))
-        traffic = 2 * held
-        microseconds = traffic / options.bandwidth / 1e6
-        rows = config.B * options.devices // COMPILED
-        print(
-            f"| {shape[0]} x {shape[1]} | {waits} | {traffic / 2**20:.0f} MiB "
-            f"| {microseconds:.1f} us | {rows} |"
-        )
+    parser.add_argument("--layers", type=positive, default=12)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="a batch size")
+    parser.add_argument("--json", type=output_file)
+
+
+def run(given: argparse.Namespace) -> None:
+    results = []
+    for B in given.batch:
+        numbers = given.devices or [len(jax.devices())]
+        results.append(result := measure(given.layers, B, numbers, given.seconds))
+        print(f"B {B} a device, {given.layers} layers, us a layer:")
+        for name, row in result["rows"].items():
+            stayed = "stayed" if row["buffers_stayed"] else "MOVED"
+            print(
+                f"  {name:40} {row['us_a_layer']:9.2f}  {row['collectives']} "
+                f"collectives, {row['copies']} copies, states {stayed}"
+            )
+        write_json({"machine": machine(), "results": results}, given.json)

@@ -135,10 +135,51 @@ def layers(report: Report) -> str:
 
 
 def drift(report: Report) -> str:
-    """Error of a stored state after many steps."""
-    steps = ("1 steps", "100 steps", "1000 steps")
-    rows = [[x["state"], *(f"{x[s]:.1e}" for s in steps)] for x in report["drift"]]
-    return _table(["state", "after 1 step", "100 steps", "1000 steps"], rows)
+    """Errors of a stored state, and of the output, after many steps."""
+    rows = [
+        [
+            x["remembers"],
+            x["state"],
+            x["error of"],
+            *(f"{x[n]:.1e}" for n in x if "steps" in n),
+        ]
+        for x in report["drift"]
+    ]
+    head = ("the state remembers", "state", "error of", "after 1 step", "100 steps")
+    return _table([*head, "1000 steps"], rows)
+
+
+def speculation(report: Report) -> str:
+    """Ways to roll back, us a call of T tokens."""
+    timed = {(x["B"], x["T"], x["way"]): x for x in report["speculation"]}
+    forms = list(dict.fromkeys(key[:2] for key in timed))
+    rows = []
+    for way in dict.fromkeys(key[2] for key in timed):
+        slots = "T + 1" if way == "snapshots" else "1"
+        times = (_number(timed[*form, way]["median_us"]) for form in forms)
+        rows.append([way, slots, *times])
+    head = (f"B = {B}, T = {T}" for B, T in forms)
+    return _table(["us", "slots a row", *head], rows)
+
+
+def gradients(report: Report) -> str:
+    """Memory of a reverse pass in states, and its time."""
+    rows = [
+        [x["form"], f"{x['states']:.1f}", f"{x['median_us'] / 1000:.2f}"]
+        for x in report["gradients"]
+    ]
+    return _table(["16 tokens, B = 1", "memory, states", "ms"], rows)
+
+
+def scaling(report: Report) -> str:
+    """A step of many layers on several devices, us a layer."""
+    results = report["results"]
+    rows = [
+        [name, *(f"{one['rows'][name]['us_a_layer']:.1f}" for one in results)]
+        for name in results[0]["rows"]
+    ]
+    head = [f"B = {one['B']} a device" for one in results]
+    return _table(["us a layer", *head], rows)
 
 
 def bench(report: Report) -> str:
@@ -149,16 +190,21 @@ def bench(report: Report) -> str:
 
 # The JSON of each table, and who writes it.
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
-    "readme-h100": ("replay-h100", short),
-    "replay-h100": ("replay-h100", replay),
-    "replay-h200": ("replay-h200", replay),
-    "compare-h200": ("compare-h200", compare),
-    "compare-h200-warm": ("compare-h200-warm", compare),
-    "compare-cpu": ("compare-cpu", compare),
-    "layers-h200": ("layers-h200", layers),
-    "layers-stack-h100": ("layers-stack-h100", layers),
-    "drift": ("accuracy-cpu", drift),
-    "bench-cpu": ("bench-cpu", bench),
+    "readme-h100": ("h100/replay", short),
+    "replay-h100": ("h100/replay", replay),
+    "replay-h200": ("h200/replay", replay),
+    "compare-h200": ("h200/compare", compare),
+    "compare-h200-warm": ("h200/compare-warm", compare),
+    "compare-h100": ("h100/compare", compare),
+    "compare-host": ("host/compare", compare),
+    "layers-h200": ("h200/layers", layers),
+    "layers-h100": ("h100/layers", layers),
+    "scaling-h200": ("h200/scaling", scaling),
+    "speculation-h200": ("h200/costs", speculation),
+    "speculation-host": ("host/costs", speculation),
+    "gradients-host": ("host/costs", gradients),
+    "drift": ("host/accuracy", drift),
+    "bench-host": ("host/bench", bench),
 }
 
 

@@ -44,6 +44,7 @@ def measure(
     rounds: int = 15,
     clock: Callable[[], float] = time.perf_counter,
     queued: bool | None = None,
+    shortest: float = QUEUED_ROUND,
 ) -> dict[str, Timing]:
     """Times loops against each other.
 
@@ -54,10 +55,10 @@ def measure(
     Where work is queued (`None`: on a GPU), starting and noticing the end take about a
     millisecond, however many steps lie between. So a round is timed with few steps and
     with many, either first in turn, and what counts is the difference. It lasts
-    `QUEUED_ROUND` at least, whatever `seconds` says, and a turn 1.75 times as long.
+    `shortest` at least, whatever `seconds` says, and a turn 1.75 times as long.
     """
     queued = on_gpu() if queued is None else queued
-    a_round = max(seconds / rounds / len(loops), QUEUED_ROUND if queued else 0)
+    a_round = max(seconds / rounds / len(loops), shortest if queued else 0)
 
     def timed(loop: Loop, steps: int) -> float:
         start = clock()

@@ -1,10 +1,12 @@
 """The benchmarks: what they write, their statistics, and what they refuse to time."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,11 +14,13 @@ from benchmarks import (
     bench,
     bench_report,
     compare,
+    costs,
     layers,
     loops,
     machine,
     picture,
     roofline,
+    scaling,
     timing,
     workload,
 )
@@ -351,11 +355,48 @@ def test_layers_keep_their_states(monkeypatch):
     assert all(row["buffers_stayed"] for row in rows.values())
 
 
+def test_scaling_counts_what_a_mesh_costs():
+    devices = jax.devices()[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    rows = scaling.measure(layers=2, B=1, numbers=[2], seconds=0.02)["rows"]
+    assert list(rows)[::2] == ["one device", "2 devices, rows", "2 devices, heads"]
+    for row in rows.values():
+        assert row["collectives"] == row["copies"] == 0
+        assert row["buffers_stayed"]
+
+
+def test_replaying_the_accepted_tokens_is_the_snapshot_after_them():
+    """The ways that `costs speculation` times leave the same state."""
+    B, T = 2, 4
+    state, rest = workload.split_state(
+        workload.model_inputs(workload.Config(B=B, T=T, H=1, HV=2, K=64, V=64))
+    )
+    rows = np.arange(B, dtype=np.int32)
+    pool = jnp.concatenate([state, jnp.zeros((B * T, *state.shape[1:]))])
+    _, taken = jax.jit(costs.snapshots)(pool, rest, rows)
+    _, replayed = jax.jit(costs.verify_and_replay)(state, rest, rows)
+    accepted = T // 2
+    after = taken[B:].reshape(B, T, *state.shape[1:])
+    np.testing.assert_array_equal(replayed, after[:, accepted - 1])
+    _, whole = jax.jit(costs.one_state)(state, rest, rows)
+    np.testing.assert_array_equal(whole, after[:, -1])
+
+
+@pytest.mark.slow
+def test_checkpoint_around_four_steps_saves_memory():
+    rows = costs.gradients(argparse.Namespace())
+    states = [row["states"] for row in rows]
+    one_call, scan, each, four = states
+    assert four < 0.8 * scan < 0.5 * one_call
+    assert each > 0.9 * scan
+
+
 def test_one_batch_size_is_seen_in_the_picture():
     """A line through one point is none: every curve has a marker."""
     from matplotlib.figure import Figure
 
-    report = json.loads((ROOT / "benchmarks/results/bench-cpu.json").read_text())
+    report = json.loads((ROOT / "benchmarks/results/host/bench.json").read_text())
     times, shares = Figure().subplots(1, 2)
     bench_report._draw(times, shares, report["results"][:1])
     assert len(times.lines) == 5  # three curves, and two entries of the legend

@@ -52,6 +52,7 @@ class Handler(cuda_driver.StreamClient):
         return super().call(operands, results, attributes)
 
 
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("form", [{}, *replay.FORMS], ids=str)
 def test_graphs_hold_calls_over_all_states_in_turn(form, monkeypatch):
     """Each is checked against float64 on the way."""
