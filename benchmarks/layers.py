@@ -2,12 +2,13 @@
 
 A step calls `decode` once a layer; a layer's output is the next one's value. All else,
 which a model computes inside its step, is the same for every layer here. The states are
-a list of arrays, one a layer, or one pool in which every layer has its slots. It is
-stepped from Python, under JAX's default options and under command buffers, and looped
-on the device. Beside stand the kernel's own time, from a program that holds nothing
-else, a program that does nothing with the same arguments, which is what JAX itself
-takes to start one, and the share that is not the kernel's. A scan over layers, whose
-states are one stack, is looped as well.
+a list of arrays, one a layer; one pool in which every layer has its slots; or one
+stack, of which a call names the layer: by a number, in a step that is unrolled, or by
+the index of a scan over layers. It is stepped from Python, under JAX's default options
+and under command buffers, and looped on the device. Beside stand the kernel's own time,
+from a program that holds nothing else, a program that does nothing with the same
+arguments, which is what JAX itself takes to start one, and the share that is not the
+kernel's.
 """
 
 import argparse
@@ -26,7 +27,15 @@ from . import timing
 from .loops import COMMAND_BUFFERS, DeviceLoop
 from .machine import machine
 from .options import output_file, positive, seconds, write_json
-from .workload import Config, Inputs, decode_step, model_inputs, on_gpu, split_state
+from .workload import (
+    WEIGHTS,
+    Config,
+    Inputs,
+    decode_step,
+    model_inputs,
+    on_gpu,
+    split_state,
+)
 
 STEPS = 20  # of the loop on the device
 
@@ -56,7 +65,35 @@ def pool_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
 
 
 def stack_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
-    """The same in a scan over layers, whose states are one stack."""
+    """The same where one stack holds all layers' states, the step unrolled."""
+    (stack,) = states
+    for i in range(stack.shape[0]):
+        x, stack = decode(
+            **{**rest, "v": x}, state=stack, layer=i, implementation="native"
+        )
+    return [stack], x
+
+
+def scan_step(
+    states: list[Any], rest: Any, x: Any, unroll: int = 1
+) -> tuple[list[Any], Any]:
+    """The same in a scan over layers, which carries the stack."""
+    (stack,) = states
+
+    def layer(carry, i):
+        stack, x = carry
+        x, stack = decode(
+            **{**rest, "v": x}, state=stack, layer=i, implementation="native"
+        )
+        return (stack, x), ()
+
+    layers = jnp.arange(stack.shape[0], dtype=jnp.int32)
+    (stack, x), _ = lax.scan(layer, (stack, x), layers, unroll=unroll)
+    return [stack], x
+
+
+def stacked_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """The same in a scan that takes the stack apart and puts it together again."""
     (stack,) = states
 
     def layer(x, state):
@@ -64,6 +101,25 @@ def stack_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
 
     x, stack = lax.scan(layer, x, stack)
     return [stack], x
+
+
+def rows_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """Unrolled, with a stack a row, [B, L, ...]: rows are mapped."""
+    (stacks,) = states
+    axes = {name: None if name in WEIGHTS else 0 for name in rest}
+
+    for i in range(stacks.shape[1]):
+        slot = np.array([i], np.int32)
+
+        def row(stack, x, slot=slot):
+            x = {n: y if n in WEIGHTS else y[None] for n, y in x.items()}
+            out, stack = decode(
+                **x, state=stack, state_indices=slot, implementation="native"
+            )
+            return out[0], stack
+
+        x, stacks = jax.vmap(row, (0, axes))(stacks, {**rest, "v": x})
+    return [stacks], x
 
 
 def no_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
@@ -137,21 +193,44 @@ def kernel_alone(layers: int, B: int) -> Any:
     )
 
 
-def options_of(command_buffers: bool) -> dict[str, Any]:
-    return COMMAND_BUFFERS if command_buffers and on_gpu() else {}
+NO_GRAPHS: dict[str, Any] = {"xla_gpu_enable_command_buffer": ""}
+
+
+def options_of(
+    command_buffers: bool, otherwise: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns compiler options; nothing on the host."""
+    if not on_gpu():
+        return {}
+    return COMMAND_BUFFERS if command_buffers else otherwise or {}
 
 
 def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
-    graphs, plain = options_of(True), {}
-    if on_gpu():
-        plain = {"xla_gpu_enable_command_buffer": ""}
+    graphs, plain = options_of(True), options_of(False, NO_GRAPHS)
     steps = ft.partial(Steps, layers, B)
+    # XLA's loop as a command buffer too, with what stands in its body.
+    whole = {**graphs, "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL,WHILE"}
+    whole = whole if on_gpu() else {}
+    unrolled = ft.partial(scan_step, unroll=8)
+    joined: dict[str, tuple[dict, Callable, Callable]] = {
+        "one pool": (graphs, pool_step, jnp.concatenate),
+        "a stack": (graphs, stack_step, jnp.stack),
+        "a stack a row": (graphs, rows_step, ft.partial(jnp.stack, axis=1)),
+        "a scan over a stack": ({}, scan_step, jnp.stack),
+        "a scan over a stack, command buffers": (whole, scan_step, jnp.stack),
+        "a scan over a stack, 8 unrolled": (graphs, unrolled, jnp.stack),
+        "states as xs and ys": ({}, stacked_step, jnp.stack),
+    }
     make: dict[str, Callable[[], Any]] = {
         "kernel alone": lambda: kernel_alone(layers, B),
         "looped, command buffers": lambda: steps(graphs, looped=STEPS),
         "looped, none": lambda: steps(plain, looped=STEPS),
-        "looped, a stack": lambda: steps({}, stack_step, jnp.stack, looped=STEPS),
+        **{
+            f"looped, {name}": ft.partial(steps, options, step, join, looped=STEPS)
+            for name, (options, step, join) in joined.items()
+        },
         "stepped, one pool": lambda: steps({}, pool_step, join=jnp.concatenate),
+        "stepped, a stack": lambda: steps({}, stack_step, join=jnp.stack),
         "stepped, a list": lambda: steps({}),
         "the same, x not donated": lambda: steps({}, donate=(0,)),
         "the same, no command buffers": lambda: steps(plain),
@@ -202,6 +281,6 @@ def run(given: argparse.Namespace) -> None:
                 part = row["host_share"]
                 share = "" if part is None else f"host's share {part:4.0%}"
                 where = stayed[row["buffers_stayed"]]
-                print(f"  {name:28} {row['us_a_layer']:9.2f}  {share:17}  {where}")
+                print(f"  {name:44} {row['us_a_layer']:9.2f}  {share:17}  {where}")
             # What is measured so far.
             write_json({"machine": machine(), "results": results}, given.json)

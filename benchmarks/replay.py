@@ -85,6 +85,10 @@ class Replay:
             "use_qk_l2norm": np.bool_(True),
             "state_layout": np.int32(LAYOUTS.index(config.layout)),
             "optional_operands": np.int32(0),
+            "gates": np.int32(0),
+            "lower_bound": np.float32(0),
+            "beta_scale": np.float32(1),
+            "layer": np.int32(-1),
         }
 
         def enqueue() -> None:
@@ -193,7 +197,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     passes, cuda = roofline.native_module(), Driver()
     assert _registration.cuda is not None
-    decode = _registration.cuda.handlers()["decode"]["execute"]
+    decode = _registration.cuda.handlers()[_registration.DECODE_TARGET]["execute"]
     client = StreamClient(decode, cuda.stream)
     results = []
     for rows in groups(given):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tests.hlo import collectives, copies
 
 from . import timing
-from .layers import STEPS, Steps, options_of
+from .layers import NO_GRAPHS, STEPS, Steps, options_of
 from .machine import machine
 from .options import output_file, positive, seconds, write_json
 from .workload import WEIGHTS, Config, Inputs, rows_of
@@ -57,7 +57,7 @@ def measure(layers: int, B: int, numbers: list[int], seconds: float) -> dict[str
         inputs = inputs_of(B, devices, axis)
         for graphs in (True, False):
             key = name if graphs else f"{name}, no command buffers"
-            options = options_of(graphs)
+            options = options_of(graphs, NO_GRAPHS)
             loop = Steps(layers, B, options, looped=STEPS, inputs=inputs)
             state = inputs["state"]
             shard = state.sharding.shard_shape(state.shape)
@@ -88,7 +88,7 @@ def measure(layers: int, B: int, numbers: list[int], seconds: float) -> dict[str
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--devices", type=positive, nargs="+", help="how many (all there are)"
+        "--devices", type=positive, nargs="+", help="how many, beside one (all)"
     )
     parser.add_argument("--layers", type=positive, default=12)
     parser.add_argument("--batch", type=positive, nargs="+", default=[8, 64, 256])

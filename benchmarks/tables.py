@@ -102,13 +102,21 @@ def compare(report: Report) -> str:
 
 LAYERS = {
     "kernel alone": "kernel alone",
-    "looped, command buffers": "looped on the device",
-    "looped, none": "the same, no command buffers",
-    "looped, a stack": "looped on the device, a stack of states",
-    "stepped, one pool": "stepped from Python, one pool for all layers",
-    "stepped, a list": "stepped from Python, a list of states",
-    "the same, x not donated": "the same, last output not donated",
-    "the same, no command buffers": "the same, no command buffers",
+    "looped, command buffers": "looped on the device: a list of states",
+    "looped, a stack": "a stack, `layer` a number",
+    "looped, one pool": "one pool, constant slots",
+    "looped, a stack a row": "a stack a row, `[B, L, ...]`, mapped over rows",
+    "looped, a scan over a stack, 8 unrolled": "a scan over a stack, `unroll=8`",
+    "looped, a scan over a stack, command buffers": "a scan over a stack, its loop in "
+    "a command buffer",
+    "looped, a scan over a stack": "a scan over a stack, XLA's defaults",
+    "looped, states as xs and ys": "a scan with the states as xs and ys",
+    "looped, none": "a list of states, no command buffers",
+    "stepped, a list": "stepped from Python: a list of states",
+    "stepped, a stack": "a stack, `layer` a number",
+    "stepped, one pool": "one pool, constant slots",
+    "the same, x not donated": "a list, last output not donated",
+    "the same, no command buffers": "a list, no command buffers",
     "nothing, one pool": "a program that does nothing, one pool",
     "nothing, a list": "a program that does nothing, a list",
 }

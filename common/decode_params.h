@@ -15,6 +15,13 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Whether a state is [K, V] or [V, K].
 enum class Layout : int32_t { kKV = 0, kVK = 1 };
 
+// What a, dt_bias, A_log and b mean: the log decay g and the write strength beta.
+enum class GateForm : int32_t {
+  kSoftplus = 0,  // g = -exp(A_log) softplus(a + dt_bias), beta = beta_scale sigmoid(b)
+  kSigmoid = 1,   // g = lower_bound sigmoid(exp(A_log) (a + dt_bias)), the same beta
+  kGiven = 2      // g = a, beta = b
+};
+
 // A dense row-major array whose storage type is known at run time.
 struct Input {
   const void* data;
@@ -40,7 +47,7 @@ struct DecodeParams {
   Input a;             // [B, T, HV], or [B, T, HV, K] if per_channel
   Input dt_bias;       // [HV], or [HV, K] if per_channel
   Input b;             // [B, T, HV]
-  const float* A_log;  // [HV]
+  const float* A_log;  // [HV]; may hold anything if the gates are given, like dt_bias
   Output out;          // [B, T, HV, V]
   void* new_state;     // as the state, written; for a pool, the state's own buffer
   int64_t B, T;
@@ -52,6 +59,10 @@ struct DecodeParams {
   bool use_qk_l2norm;  // q and k become x / sqrt(sum x^2 + kNormEpsilon)
   bool per_channel;    // one decay per key channel, not one per head
   bool snapshots;      // the state is written after every token
+  GateForm gates;
+  float lower_bound, beta_scale;
+  int32_t layer,
+      layers;  // of a stack, which state and new_state are a layer of; or 0, 1
 };
 
 inline constexpr float kNormEpsilon = 1e-6f;

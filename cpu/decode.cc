@@ -51,6 +51,28 @@ float Decay(float A_log, float x) {
   return std::exp(-std::exp(A_log + log_softplus));
 }
 
+// sigmoid(exp(A_log) x): no infinity times zero, for any finite A_log and x.
+float ScaledSigmoid(float A_log, float x) {
+  const float half = std::exp(0.5f * std::min(A_log, 176.0f));
+  return 1.0f / (1.0f + std::exp(-(half * x) * half));
+}
+
+// exp(g) of a head or a channel, for what the call has of a, dt_bias and A_log.
+float DecayOf(const DecodeParams& p, float A_log, float a, float dt_bias) {
+  switch (p.gates) {
+    case GateForm::kGiven:
+      return std::exp(a);
+    case GateForm::kSigmoid:
+      return std::exp(p.lower_bound * ScaledSigmoid(A_log, a + dt_bias));
+    default:
+      return Decay(A_log, a + dt_bias);
+  }
+}
+
+float BetaOf(const DecodeParams& p, float b) {
+  return p.gates == GateForm::kGiven ? b : p.beta_scale / (1.0f + std::exp(-b));
+}
+
 // One entry, by the scalar code that serves every instruction set.
 float Scalar(const Input& x, int64_t index) {
   switch (x.dtype) {
@@ -152,16 +174,16 @@ class Decoder {
   }
 
   void LoadDecay(int64_t head, int32_t hv, float* decay) {
-    const float A_log = p_.A_log[hv];
+    const float A_log = p_.gates == GateForm::kGiven ? 0.0f : p_.A_log[hv];
     if (!p_.per_channel) {
-      const float x = Scalar(p_.a, head) + Scalar(p_.dt_bias, hv);
-      std::fill_n(decay, p_.K, Decay(A_log, x));
+      const float a = Scalar(p_.a, head), dt_bias = Scalar(p_.dt_bias, hv);
+      std::fill_n(decay, p_.K, DecayOf(p_, A_log, a, dt_bias));
       return;
     }
     kernels_.widen(p_.a, head * p_.K, p_.K, decay);
     kernels_.widen(p_.dt_bias, int64_t{hv} * p_.K, p_.K, bias_);
     for (int32_t i = 0; i < p_.K; ++i) {
-      decay[i] = Decay(A_log, decay[i] + bias_[i]);
+      decay[i] = DecayOf(p_, A_log, decay[i], bias_[i]);
     }
   }
 
@@ -200,7 +222,7 @@ class Decoder {
       dq[i] = decay[i] * q[i];
       dk[i] = decay[i] * k[i];
     }
-    const float beta = 1.0f / (1.0f + std::exp(-Scalar(p_.b, head)));
+    const float beta = BetaOf(p_, Scalar(p_.b, head));
     return tokens_[t] = {dq, dk, k, decay, v, &out_[t * p_.V], beta, qk_[t], nullptr};
   }
 

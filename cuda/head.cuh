@@ -180,8 +180,9 @@ __device__ __forceinline__ Gates MakeGates(const BlockCoord<T>& at,
   const float kk = WarpSum<S::kLanes>(DotFrag<S>(k, k.x));
   const float qk = WarpSum<S::kLanes>(DotFrag<S>(q, k.x));
   const DecodeParams& p = at.p;
-  const float x = Widen(regs.a, p.a.dtype) + Widen(regs.dt_bias, p.dt_bias.dtype);
-  const float decay = at.PerChannel() ? 1.0f : Decay(regs.A_log, x);
+  const float a = Widen(regs.a, p.a.dtype);
+  const float dt_bias = Widen(regs.dt_bias, p.dt_bias.dtype);
+  const float decay = at.PerChannel() ? 1.0f : DecayOf(p, regs.A_log, a, dt_bias);
   return MakeGates(p, decay, Widen(regs.b, p.b.dtype), qq, kk, qk);
 }
 
@@ -197,8 +198,8 @@ __device__ __forceinline__ void StageDecay(const BlockCoord<T>& at, int64_t t, i
     const float4 bias =
         Widen(LoadRaw<4>(p.dt_bias, int64_t{at.hv} * T::K + i), p.dt_bias.dtype);
     reinterpret_cast<float4&>(to[j]) = {
-        Decay(A_log, a.x + bias.x), Decay(A_log, a.y + bias.y),
-        Decay(A_log, a.z + bias.z), Decay(A_log, a.w + bias.w)};
+        DecayOf(p, A_log, a.x, bias.x), DecayOf(p, A_log, a.y, bias.y),
+        DecayOf(p, A_log, a.z, bias.z), DecayOf(p, A_log, a.w, bias.w)};
   }
 }
 

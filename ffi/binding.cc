@@ -34,22 +34,28 @@ ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
                   x.dimensions().size()};
   };
   const auto is_there = [&](int operand) {
-    return operand < kNumRequired ||
-           (call.optional_operands & (1 << (operand - kNumRequired)));
+    return IsRequired(operand, call.gates) ||
+           (kOutput <= operand && operand < kOut &&
+            (call.optional_operands & (1 << (operand - kNumRequired))));
   };
-  size_t wanted = 0;
-  for (int i = 0; i < kOut; ++i) wanted += is_there(i) ? 1 : 0;
+  size_t wanted = 0, required = 0;
+  for (int i = 0; i < kOut; ++i) {
+    wanted += is_there(i);
+    required += IsRequired(i, call.gates);
+  }
   if ((call.optional_operands & -(1 << kNumOptional)) != 0 ||
       wanted != call.operands.size() || call.results.size() != 2) {
     return invalid("jax_gdn.decode: optional_operands, " +
                    std::to_string(call.optional_operands) +
                    ", must say which of output (1), state_indices (2) and "
                    "output_state_indices (4) there are beside " +
-                   std::to_string(kNumRequired) + " operands and 2 results; got " +
+                   std::to_string(required) + " operands and 2 results; got " +
                    std::to_string(call.operands.size()) + " and " +
                    std::to_string(call.results.size()));
   }
-  DecodeOperands operands = {{}, call.scale, call.use_qk_l2norm, call.state_layout};
+  DecodeOperands operands = {
+      {},         call.scale,       call.use_qk_l2norm, call.state_layout,
+      call.gates, call.lower_bound, call.beta_scale,    call.layer};
   size_t next = 0;
   for (int i = 0; i < kOut; ++i) {
     if (!is_there(i)) continue;

@@ -1,4 +1,4 @@
-// The XLA FFI signature of `decode`, written once for both platforms.
+// The XLA FFI signatures of `decode`, written once for both platforms.
 #ifndef JAX_GDN_FFI_BINDING_H_
 #define JAX_GDN_FFI_BINDING_H_
 
@@ -14,8 +14,10 @@ namespace jax_gdn {
 // state's result aliased to its operand, and likewise out to `output` where there is
 // one; XLA may drop an alias. Which optional operands there are is said by the bits of
 // the attribute `optional_operands`, from `output` on.
+//
+// `jax_gdn.decode.v1` is what programs exported before 0.3 call; it stays as it is.
 template <typename Binding>
-auto BindDecode(Binding binding) {
+auto BindDecodeV1(Binding&& binding) {
   return std::move(binding)
       .RemainingArgs()
       .RemainingRets()
@@ -25,7 +27,17 @@ auto BindDecode(Binding binding) {
       .template Attr<int32_t>("optional_operands");
 }
 
-// What `BindDecode` decodes to, in its order.
+// `jax_gdn.decode.v2`.
+template <typename Binding>
+auto BindDecode(Binding&& binding) {
+  return BindDecodeV1(std::move(binding))
+      .template Attr<int32_t>("gates")
+      .template Attr<float>("lower_bound")
+      .template Attr<float>("beta_scale")
+      .template Attr<int32_t>("layer");
+}
+
+// What both decode to, in their order.
 struct DecodeCall {
   xla::ffi::RemainingArgs operands;
   xla::ffi::RemainingRets results;
@@ -33,6 +45,9 @@ struct DecodeCall {
   bool use_qk_l2norm;
   int32_t state_layout;
   int32_t optional_operands;
+  int32_t gates = 0;
+  float lower_bound = 0, beta_scale = 1;
+  int32_t layer = -1;
 };
 
 // The kernels' parameters, or InvalidArgument with what is wrong.

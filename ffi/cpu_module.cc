@@ -23,8 +23,8 @@ namespace {
 ffi::Error Execute(ffi::ThreadPool pool, const DecodeCall& call) {
   ffi::ErrorOr<DecodeParams> params = ParamsOf(call);
   if (params.has_error()) return params.error();
-  if (const size_t bytes = BytesToCopy(*params)) {
-    std::memcpy(params->new_state, params->state.data, bytes);
+  if (const Copy copy = CopyOf(*params); copy.bytes) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
     params->state.data = params->new_state;
   }
   DecodeOnThreads(*params, pool.num_threads(), [&pool](std::function<void()> task) {
@@ -33,12 +33,14 @@ ffi::Error Execute(ffi::ThreadPool pool, const DecodeCall& call) {
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kExecute,
-    [](ffi::ThreadPool pool, auto... call) {
-      return Execute(pool, DecodeCall{call...});
-    },
-    BindDecode(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+constexpr auto kOnPool = [](ffi::ThreadPool pool, auto... call) {
+  return Execute(pool, DecodeCall{call...});
+};
+
+XLA_FFI_DEFINE_HANDLER(kExecuteV1, kOnPool,
+                       BindDecodeV1(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kExecute, kOnPool,
+                       BindDecode(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace
 
@@ -63,9 +65,11 @@ NB_MODULE(_cpu, m) {
   // `group`: where the control group's files are.
   m.def("usable_cpus", &UsableCpus, nb::arg("group") = "/sys/fs/cgroup");
   m.def("handlers", [] {
-    nb::dict stages, handlers;
-    stages["execute"] = Capsule(kExecute);
-    handlers["decode"] = stages;
+    nb::dict v1, v2, handlers;
+    v1["execute"] = Capsule(kExecuteV1);
+    v2["execute"] = Capsule(kExecute);
+    handlers["jax_gdn.decode.v1"] = v1;
+    handlers["jax_gdn.decode.v2"] = v2;
     return handlers;
   });
 }

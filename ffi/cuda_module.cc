@@ -79,9 +79,9 @@ ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
   if (auto reason = WhyUnsupported(params->B, params->HV, params->K, params->V)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
   }
-  if (const size_t bytes = BytesToCopy(*params)) {
-    const cudaError_t error = cudaMemcpyAsync(params->new_state, params->state.data,
-                                              bytes, cudaMemcpyDeviceToDevice, stream);
+  if (const Copy copy = CopyOf(*params); copy.bytes) {
+    const cudaError_t error = cudaMemcpyAsync(copy.to, copy.from, copy.bytes,
+                                              cudaMemcpyDeviceToDevice, stream);
     if (error != cudaSuccess) return ErrorOf({error, "cudaMemcpyAsync"});
     params->state.data = params->new_state;
   }
@@ -97,12 +97,17 @@ XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
                            .RemainingRets()
                            .Attrs());
 
+constexpr auto kOnStream = [](cudaStream_t stream, auto... call) {
+  return Execute(stream, DecodeCall{call...});
+};
+
 // Captured into CUDA graphs: the launch depends on shapes and attributes alone.
 XLA_FFI_DEFINE_HANDLER(
-    kExecute,
-    [](cudaStream_t stream, auto... call) {
-      return Execute(stream, DecodeCall{call...});
-    },
+    kExecuteV1, kOnStream,
+    BindDecodeV1(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
+    kExecute, kOnStream,
     BindDecode(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
     {ffi::Traits::kCmdBufferCompatible});
 
@@ -125,8 +130,10 @@ Tensor TensorOf(const PythonTensor& x) {
 // overrides the planner's.
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
               bool use_qk_l2norm, int32_t state_layout,
-              const std::optional<std::string>& kernel) {
-  DecodeOperands x = {{}, scale, use_qk_l2norm, state_layout};
+              const std::optional<std::string>& kernel, int32_t gates,
+              float lower_bound, float beta_scale, int32_t layer) {
+  DecodeOperands x = {{},    scale,       use_qk_l2norm, state_layout,
+                      gates, lower_bound, beta_scale,    layer};
   for (int i = 0; i < kNumOperands; ++i) {
     const auto operand =
         operands.find(i == kNewState ? "new_state" : kArguments[i].name);
@@ -134,7 +141,7 @@ nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
   }
   if (!x.tensors[kNewState]) x.tensors[kNewState] = x.tensors[kState];
   for (int i = 0; i < kNumOperands; ++i) {
-    if (x.tensors[i] || (i >= kOutput && i < kOut)) continue;
+    if (x.tensors[i] || !IsRequired(i, gates)) continue;
     throw nb::value_error((std::string(kArguments[i].name) + " is missing").c_str());
   }
   auto checked = MakeParams(x);
@@ -201,10 +208,12 @@ NB_MODULE(_cuda, m) {
       nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   m.attr("ARCHITECTURES") = JAX_GDN_ARCHITECTURES;
   m.def("handlers", [] {
-    nb::dict stages, handlers;
-    stages["initialize"] = Capsule(kInitialize);
-    stages["execute"] = Capsule(kExecute);
-    handlers["decode"] = stages;
+    nb::dict v1, v2, handlers;
+    v1["initialize"] = v2["initialize"] = Capsule(kInitialize);
+    v1["execute"] = Capsule(kExecuteV1);
+    v2["execute"] = Capsule(kExecute);
+    handlers["jax_gdn.decode.v1"] = v1;
+    handlers["jax_gdn.decode.v2"] = v2;
     return handlers;
   });
   m.def("why_unsupported_device", &WhyUnsupportedDevice, nb::arg("name"),
@@ -212,7 +221,9 @@ NB_MODULE(_cuda, m) {
   m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
         nb::arg("V"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),
-        nb::arg("state_layout") = 0, nb::arg("kernel") = nb::none());
+        nb::arg("state_layout") = 0, nb::arg("kernel") = nb::none(),
+        nb::arg("gates") = 0, nb::arg("lower_bound") = 0.0f,
+        nb::arg("beta_scale") = 1.0f, nb::arg("layer") = -1);
   m.def("kernels", &KernelTable);
 }
 

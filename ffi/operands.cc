@@ -166,12 +166,37 @@ std::string Check(const Tensors& x, int32_t state_layout) {
                 [] { return "output must have out's dtype"; });
   check.Require(!x[kOutputStateIndices] || x[kStateIndices],
                 [] { return "output_state_indices needs state_indices"; });
-  check.Require(x[kALog]->dtype == DType::kFloat32,
+  check.Require(!x[kALog] || x[kALog]->dtype == DType::kFloat32,
                 [] { return "A_log must be float32"; });
   check.Require(x[kNewState]->dtype == x[kState]->dtype,
                 [] { return "the new state must have the state's dtype"; });
   if (check.error().empty()) CheckBuffers(x, check);
   return check.error();
+}
+
+// What is wrong with the attributes, or nothing.
+std::string CheckAttributes(const DecodeOperands& x) {
+  Checker check;
+  check.Require(0 <= x.gates && x.gates <= 2, [&] {
+    return "gates must be 0 (softplus), 1 (sigmoid) or 2 (given), got " +
+           std::to_string(x.gates);
+  });
+  const Tensor& state = *x.tensors[kState];
+  check.Require(
+      x.layer == -1 || (state.rank == 5 && state.rank == x.tensors[kNewState]->rank &&
+                        0 <= x.layer && x.layer < state.sizes[0]),
+      [&] {
+        return "layer must be one of a stack [L, N, ...], or -1; got " +
+               std::to_string(x.layer) + " of " + ShapeText(state.sizes, state.rank);
+      });
+  return check.error();
+}
+
+// A layer of a stack of states, [L, N, ...].
+Tensor LayerOf(const Tensor& x, int32_t layer) {
+  Tensor result = {x.data, x.dtype, x.is_int32, x.sizes + 1, x.rank - 1};
+  result.data = static_cast<char*>(x.data) + layer * Bytes(result);
+  return result;
 }
 
 // The same tensor with one axis in place of all but the last three; `sizes` keeps its
@@ -188,7 +213,12 @@ Tensor WithOneLeadingAxis(const Tensor& x, std::array<int64_t, 4>& sizes) {
 
 std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands) {
   Tensors x = operands.tensors;
+  if (std::string error = CheckAttributes(operands); !error.empty()) return error;
   std::array<int64_t, 4> merged[kNumOperands];
+  const int64_t layers = operands.layer < 0 ? 1 : x[kState]->sizes[0];
+  if (operands.layer >= 0) {
+    for (const Operand i : {kState, kNewState}) x[i] = LayerOf(*x[i], operands.layer);
+  }
   for (const Operand i : {kState, kNewState, kOut, kOutput}) {
     if (x[i]) x[i] = WithOneLeadingAxis(*x[i], merged[i]);
   }
@@ -203,9 +233,10 @@ std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operand
   p.k = input(kK);
   p.v = input(kV);
   p.a = input(kA);
-  p.dt_bias = input(kDtBias);
   p.b = input(kB);
-  p.A_log = static_cast<const float*>(x[kALog]->data);
+  // Without weights kernels load what is not used, of arrays that are long enough.
+  p.dt_bias = x[kDtBias] ? input(kDtBias) : p.a;
+  p.A_log = static_cast<const float*>(x[kALog] ? x[kALog]->data : x[kV]->data);
   p.state = input(kState);
   p.out = {x[kOut]->data, *x[kOut]->dtype};
   p.new_state = x[kNewState]->data;
@@ -225,15 +256,22 @@ std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operand
   p.use_qk_l2norm = operands.use_qk_l2norm;
   p.per_channel = x[kA]->rank == 4;
   p.snapshots = x[kOutputStateIndices] && x[kOutputStateIndices]->rank == 2;
+  p.gates = static_cast<GateForm>(operands.gates);
+  p.lower_bound = operands.lower_bound;
+  p.beta_scale = operands.beta_scale;
+  p.layer = std::max(operands.layer, 0);
+  p.layers = static_cast<int32_t>(layers);
   return p;
 }
 
-size_t BytesToCopy(const DecodeParams& p) {
+Copy CopyOf(const DecodeParams& p) {
   // Slots of no row may have no address, but only a pool has other than B states.
-  const bool pool = p.read_slots != nullptr || p.N != p.B;
-  if (!pool || p.state.data == p.new_state) return 0;
+  const bool pool = p.read_slots != nullptr || p.N != p.B || p.layers > 1;
+  if (!pool || p.state.data == p.new_state) return {};
   const size_t entry = p.state.dtype == DType::kFloat32 ? 4 : 2;
-  return entry * p.N * p.HV * p.K * p.V;
+  const size_t a_layer = entry * p.N * p.HV * p.K * p.V, before = a_layer * p.layer;
+  return {static_cast<char*>(p.new_state) - before,
+          static_cast<const char*>(p.state.data) - before, a_layer * p.layers};
 }
 
 }  // namespace jax_gdn

@@ -24,10 +24,10 @@ enum Operand {
   kK,
   kV,
   kState,
-  kALog,
+  kALog,  // not there if gates are given
   kA,
-  kDtBias,
-  kB,  // always there
+  kDtBias,  // likewise
+  kB,       // all but these two are always there
   kOutput,
   kStateIndices,
   kOutputStateIndices,  // optional
@@ -94,19 +94,34 @@ struct DecodeOperands {
   float scale;
   bool use_qk_l2norm;
   int32_t state_layout;  // a `Layout`, if the program is right
+  int32_t gates = 0;     // likewise, a `GateForm`
+  float lower_bound = 0, beta_scale = 1;
+  int32_t layer = -1;  // of a stack of states, [L, N, ...]; -1: there is none
 };
+
+// Whether an operand or a result is part of every call with such gates.
+inline bool IsRequired(int operand, int32_t gates) {
+  const bool weight = operand == kALog || operand == kDtBias;
+  if (weight && gates == static_cast<int32_t>(GateForm::kGiven)) return false;
+  return operand < kNumRequired || operand >= kOut;
+}
 
 // The parameters, or what is wrong with the operands. What is updated in place, the
 // states and out, may have more leading axes: reshaped, XLA's host code would copy it.
 //
 // XLA may give a result a buffer of its own, where it drops an alias. Whoever launches
-// first calls `BytesToCopy`.
+// first copies as `CopyOf` says.
 std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands);
 
-// Bytes of a pool whose new states have a buffer of their own; else 0. They have to be
-// copied there first, for the slots that no row writes, and `params.state` becomes that
-// buffer. States that are no pool are all written, so no copy is needed.
-size_t BytesToCopy(const DecodeParams& params);
+// A pool or a stack whose new states have a buffer of their own has to be copied there
+// first, for the slots that no row writes, and `params.state` becomes `new_state`.
+// Other states are all written: no bytes.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+Copy CopyOf(const DecodeParams& params);
 
 }  // namespace jax_gdn
 

@@ -12,8 +12,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_gdn import _registration
-from jax_gdn._operands import OPTIONAL, SLOTS, Call, Operands, Results, Settings
-from jax_gdn._reference import reference_decode
+from jax_gdn._operands import (
+    GATE_FORMS,
+    OPTIONAL,
+    SLOTS,
+    Call,
+    Operands,
+    Results,
+    Settings,
+)
+from jax_gdn._reference import reference_decode, slots_of_layer
 
 # An identity on one operand whose lowering rule warns or raises: only when a program is
 # lowered is its platform known, and so whether there is a native kernel for it.
@@ -79,12 +87,18 @@ def reference(settings: Settings, operands: Operands) -> Results:
     """The reference, for operands with any number of batch dimensions."""
 
     def call(operands: Operands) -> Results:
-        out, state = reference_decode(**operands._asdict(), **options)
+        given = operands._asdict()
+        if settings.gate_form == "given":
+            given |= {"a": None, "b": None, "g": operands.a, "beta": operands.b}
+        if settings.layer is not None:
+            given["layer"] = settings.layer
+        out, state = reference_decode(**given, **options)
         output = operands.output
         # Written whole into `output`, so that a donated buffer finds its use.
         return Results(out if output is None else output.at[...].set(out), state)
 
     names = ("scale", "use_qk_l2norm", "state_layout")
+    names += ("lower_bound", "allow_neg_eigval")
     options = {name: getattr(settings, name) for name in names}
     in_axes = Operands(*(0 if batch else None for batch in settings.has_batch_dims))
     for _ in range(settings.num_batch_dims):
@@ -96,7 +110,12 @@ def native(settings: Settings, operands: Operands) -> Results:
     """The native call, for operands with any number of batch dimensions."""
     # Types from the reference carry shardings and varying axes too.
     results = jax.eval_shape(ft.partial(reference, settings), operands)
-    given = dict(_merge_batch_dims(settings, operands).items())
+    # A known layer is an offset, which costs nothing; another, and one under vmap, is
+    # a part of the slots.
+    offset = -1 if settings.layer is None or settings.num_batch_dims else settings.layer
+    if offset < 0:
+        operands = _merge_batch_dims(settings, operands)
+    given = dict(operands.items())
     names = list(given)
     aliases = {names.index("state"): 1}
     if "output" in given:
@@ -111,14 +130,18 @@ def native(settings: Settings, operands: Operands) -> Results:
         use_qk_l2norm=settings.use_qk_l2norm,
         state_layout=np.int32(settings.state_layout == "VK"),
         optional_operands=np.int32(bits),
+        gates=np.int32(GATE_FORMS.index(settings.gate_form)),
+        lower_bound=np.float32(settings.lower_bound or 0),
+        beta_scale=np.float32(2 if settings.allow_neg_eigval else 1),
+        layer=np.int32(offset),
     )
     return Results(*results)
 
 
 def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:
-    """Makes one axis of the batch dimensions and B, or N."""
-    dims = settings.num_batch_dims
-    if dims == 0:
+    """Makes one axis of the batch dimensions, L and B, or N; slots are then of all."""
+    dims, has_stack = settings.num_batch_dims, settings.has_stack
+    if dims == 0 and not has_stack:
         return operands
 
     def merged(name: str, x: Array) -> Array:
@@ -128,14 +151,25 @@ def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:
             return x
         return x.reshape(math.prod(x.shape[: dims + 1]), *x.shape[dims + 1 :])
 
-    result = {name: merged(name, x) for name, x in operands.items()}
-    for name in SLOTS:
-        if name in result:
-            *pools, N = operands.state.shape[: dims + 1]
-            first = N * jnp.arange(math.prod(pools), dtype=jnp.int32)
-            slots = result[name].reshape(math.prod(pools), -1)
-            inside = (slots >= 0) & (slots < N)
-            # Outside its own pool must not become inside the next one.
-            slots = jnp.where(inside, slots + first[:, None], -1)
-            result[name] = slots.reshape(result[name].shape)
+    layer = settings.layer if operands.layer is None else operands.layer
+    result = {name: merged(name, x) for name, x in operands.items() if name != "layer"}
+    if settings.has_pool or has_stack:
+        *pools, N = operands.state.shape[: dims + 1 + has_stack]
+        L = pools.pop() if has_stack else 1
+        E = math.prod(pools)  # each with its own layer
+        of_layer = jnp.broadcast_to(
+            jnp.asarray(0 if layer is None else layer, jnp.int32), pools
+        )
+        of_layer = of_layer.reshape(E, 1)
+        first = L * N * jnp.arange(E, dtype=jnp.int32)[:, None]
+        if not settings.has_pool:
+            rows = jnp.arange(N, dtype=jnp.int32)
+            result["state_indices"] = jnp.broadcast_to(rows, (E, N)).reshape(E * N)
+        for name in SLOTS:
+            if name in result:
+                slots = result[name].reshape(E, -1)
+                # Outside its own pool must not become inside the next one.
+                slots = slots_of_layer(of_layer, L, N, slots)
+                slots = jnp.where(slots >= 0, slots + first, -1)
+                result[name] = slots.reshape(result[name].shape)
     return Operands(**result)

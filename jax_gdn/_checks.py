@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
 from jax.experimental import checkify
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jax_gdn._operands import ARGUMENTS, CHOICES, OPTIONAL, SLOTS, Operands, Settings
+from jax_gdn._operands import (
+    ARGUMENTS,
+    CHOICES,
+    GIVEN_GATES,
+    OPTIONAL,
+    SLOTS,
+    Operands,
+    Settings,
+)
 from jax_gdn._reference import FLOAT32_MAX
 
 
@@ -33,8 +41,50 @@ def as_array(name: str, x: Any, optional: Container[str] = OPTIONAL) -> Any:
     if isinstance(x, np.ndarray | np.generic):
         return jnp.asarray(_to_int32(name, np.asarray(x)) if name in SLOTS else x)
     hint = f" Pass np.array({name})." if name in SLOTS else ""
-    axes = ", ".join(ARGUMENTS[name][0][0].split())
+    place = {gate: place for place, gate in GIVEN_GATES.items()}.get(name, name)
+    axes = ", ".join(ARGUMENTS[place][0][0].split())
     raise TypeError(_must(name, f"be an array [{axes}]", type(x).__name__, hint))
+
+
+def gate_form(given: Mapping[str, Any], lower_bound: Any, allow_neg_eigval: Any) -> str:
+    """Returns how the gates come; raises where two ways are mixed."""
+    there = [name for name, x in given.items() if x is not None]
+    gates = [name for name in there if name in GIVEN_GATES.values()]
+    others = [name for name in there if name not in gates]
+    others += ["lower_bound"] * (lower_bound is not None)
+    others += ["allow_neg_eigval"] * (allow_neg_eigval is True)
+    if gates and others:
+        raise ValueError(
+            "jax_gdn: `g` and `beta` come in place of `A_log`, `a`, `dt_bias`, `b`, "
+            f"`lower_bound` and `allow_neg_eigval`; got `{gates[0]}` beside "
+            f"`{others[0]}`."
+        )
+    if not there:
+        raise TypeError(
+            "jax_gdn: give `A_log`, `a`, `dt_bias` and `b`, or `g` and `beta`; got "
+            "none of them."
+        )
+    if gates:
+        return "given"
+    return "softplus" if lower_bound is None else "sigmoid"
+
+
+def as_layer(layer: Any) -> tuple[int | None, Array | None]:
+    """Returns a layer that is known, or one that a program computes."""
+    if layer is None or isinstance(layer, numbers.Integral):
+        if isinstance(layer, bool):
+            raise TypeError(_must("layer", "be an int or an integer scalar", "bool"))
+        return None if layer is None else int(layer), None
+    if isinstance(layer, np.ndarray):
+        layer = jnp.asarray(layer)
+    if not isinstance(layer, Array):
+        got = type(layer).__name__
+        raise TypeError(_must("layer", "be an int or an integer scalar", got))
+    if layer.dtype == jnp.int32 or not jnp.issubdtype(layer.dtype, jnp.integer):
+        return None, layer  # checked with the other operands
+    int32 = jnp.iinfo(jnp.int32)  # such a layer does not come to be inside by wrapping
+    inside = (layer >= 0) & (layer <= jnp.array(int32.max).astype(layer.dtype))
+    return None, jnp.where(inside, layer, 0).astype(jnp.int32) - jnp.where(inside, 0, 1)
 
 
 def _to_int32(name: str, slots: np.ndarray) -> np.ndarray:
@@ -48,25 +98,29 @@ def _to_int32(name: str, slots: np.ndarray) -> np.ndarray:
     return slots.astype(np.int32)
 
 
-def _axes_of(name: str, operands: Operands, state_layout: str) -> tuple[str, ...]:
+def _axes_of(name: str, operands: Operands, settings: Settings) -> tuple[str, ...]:
     """Returns the axes that an argument must have, given the others."""
     choices = [tuple(axes.split()) for axes in ARGUMENTS[name][0]]
     if name == "state":
-        own = ("B" if operands.state_indices is None else "N", "HV", *state_layout)
-        choices = [axes for axes in choices if axes == own]
+        rows = "B" if operands.state_indices is None else "N"
+        has_stack = settings.layer is not None or operands.layer is not None
+        own = (rows, "HV", *settings.state_layout)
+        choices = [("L", *own) if has_stack else own]
     elif name == "dt_bias":
         choices = [choices[operands.a.ndim == 4]]
     fitting = [axes for axes in choices if len(axes) == getattr(operands, name).ndim]
     return (fitting or choices)[0]
 
 
-def check_operands(operands: Operands, state_layout: str) -> Operands:
+def check_operands(operands: Operands, settings: Settings) -> Operands:
     """Returns the axes of each operand; raises unless they fit table and each other."""
     result = {}
+    names = GIVEN_GATES if settings.gate_form == "given" else {}
     sizes: dict[str, int] = {}
     sources: dict[str, str] = {}  # the argument that an axis has its size from
-    for name, x in operands.items():
-        axes = result[name] = _axes_of(name, operands, state_layout)
+    for place, x in operands.items():
+        name = names.get(place, place)
+        axes = result[place] = _axes_of(place, operands, settings)
         wrong = len(x.shape) != len(axes)
         # Of the axes that disagree; where their number does, of all that are known.
         origins = [
@@ -79,16 +133,22 @@ def check_operands(operands: Operands, state_layout: str) -> Operands:
             hint = ""
             if name == "state" and axes[0] == "B" and x.shape[:1] != (sizes["B"],):
                 hint = " A pool of slots, [N, ...], needs `state_indices`."
+                if wrong:
+                    hint = " A stack of layers, [L, B, ...], needs `layer`." + hint
             what = f"have shape {_shape_text(axes, sizes)}"
             raise ValueError(_must(name, what, got, hint))
         for axis, size in zip(axes, x.shape, strict=True):
             sizes.setdefault(axis, size)
             sources.setdefault(axis, name)
-        dtypes, dtype = ARGUMENTS[name][1], jnp.dtype(x.dtype).name
+        dtypes, dtype = ARGUMENTS[place][1], jnp.dtype(x.dtype).name
         if dtype not in dtypes:
             what = f"be {' or '.join(dtypes)}"
-            raise TypeError(_must(name, what, dtype, _dtype_hint(name, x)))
+            raise TypeError(_must(name, what, dtype, _dtype_hint(name, dtypes, x)))
         _check_sizes(name, axes, sizes)
+    layer, L = settings.layer, sizes.get("L", 0)
+    # The handler checks a symbolic L, when it has a value.
+    if layer is not None and not export.is_symbolic_dim(L) and not 0 <= layer < L:
+        raise ValueError(_must("layer", f"be in [0, L) = [0, {L}) of `state`", layer))
     if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
             "jax_gdn: `output_state_indices` needs `state_indices`, the slots "
@@ -97,18 +157,17 @@ def check_operands(operands: Operands, state_layout: str) -> Operands:
     return Operands(**result)
 
 
-def _dtype_hint(name: str, x: Array) -> str:
+def _dtype_hint(name: str, dtypes: Sequence[str], x: Array) -> str:
     """Says how to cast where another width of the right kind came."""
-    wanted = jnp.integer if name in SLOTS else jnp.floating
-    if not jnp.issubdtype(x.dtype, wanted):
+    if not jnp.issubdtype(x.dtype, jnp.integer if "int32" in dtypes else jnp.floating):
         return ""
-    return f" Cast it: {name}.astype(jnp.{ARGUMENTS[name][1][0]})."
+    return f" Cast it: {name}.astype(jnp.{dtypes[0]})."
 
 
 def _check_sizes(name: str, axes: Sequence[str], sizes: Mapping[str, int]) -> None:
     for axis in axes:
-        if axis not in ("B", "T", "N") and export.is_symbolic_dim(sizes[axis]):
-            what = f"have a known {axis}, only B, T and N may be symbolic"
+        if axis not in ("B", "T", "N", "L") and export.is_symbolic_dim(sizes[axis]):
+            what = f"have a known {axis}, only B, T, N and L may be symbolic"
             raise ValueError(_must(name, what, sizes[axis]))
         if axis not in ("B", "N") and sizes[axis] < 1:
             raise ValueError(_must(name, f"have {axis} >= 1", sizes[axis]))
@@ -117,17 +176,38 @@ def _check_sizes(name: str, axes: Sequence[str], sizes: Mapping[str, int]) -> No
         raise ValueError(_must(name, what, f"HV = {sizes['HV']}"))
 
 
+def check_state_dtype(state: Any, wanted: DTypeLike | None) -> None:
+    """Raises where a state was cast on its way from the caller's cache."""
+    if wanted is None or not hasattr(state, "dtype"):
+        return
+    wanted, got = jnp.dtype(wanted), jnp.dtype(state.dtype)
+    if got != wanted:
+        what = f"be {wanted.name}, which `state_dtype` says"
+        hint = (
+            f" Cast it before the call: state.astype(jnp.{wanted.name}); or keep a "
+            "framework's autocast from it. The new state has the dtype of `state`."
+        )
+        raise TypeError(_must("state", what, got.name, hint))
+
+
 def check_settings(settings: Settings) -> None:
     """Raises unless the static arguments are what they may be."""
-    scale, use_qk_l2norm = settings.scale, settings.use_qk_l2norm
+    scale = settings.scale
     if scale is not None and not isinstance(scale, numbers.Real):
         what, got = "be a Python number or None", type(scale).__name__
         raise TypeError(_must("scale", what, got))
     if scale is not None and not abs(scale) <= FLOAT32_MAX:
         raise ValueError(_must("scale", "fit into float32", f"{scale!r:.20}"))
-    if not isinstance(use_qk_l2norm, bool | np.bool_):
-        got = type(use_qk_l2norm).__name__
-        raise TypeError(_must("use_qk_l2norm", "be a bool", got))
+    for name in ("use_qk_l2norm", "allow_neg_eigval"):
+        if not isinstance(got := getattr(settings, name), bool | np.bool_):
+            raise TypeError(_must(name, "be a bool", type(got).__name__))
+    bound = settings.lower_bound
+    if bound is not None and not isinstance(bound, numbers.Real):
+        what, got = "be a Python number or None", type(bound).__name__
+        raise TypeError(_must("lower_bound", what, got))
+    if bound is not None and not -FLOAT32_MAX <= bound < 0:
+        what = "be below 0 and fit into float32"
+        raise ValueError(_must("lower_bound", what, f"{bound!r:.20}"))
     for name, choices in CHOICES.items():
         if (got := getattr(settings, name)) not in choices:
             what = f"be {' or '.join(map(repr, choices))}"
@@ -163,7 +243,7 @@ def check_slots(
     reads = as_array("state_indices", state_indices, optional=())
     writes = as_array("output_state_indices", output_state_indices)
     given = Operands(state_indices=reads, output_state_indices=writes)
-    check_operands(given, state_layout="KV")
+    check_operands(given, Settings())
     if len(reads) < 2:
         return
     writes = (reads if writes is None else writes).reshape(len(reads), -1)

@@ -1,13 +1,22 @@
 """The public function."""
 
 import functools as ft
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_gdn._call import by_platform, native, reference
-from jax_gdn._checks import as_array, check_operands, check_settings
+from jax_gdn._checks import (
+    as_array,
+    as_layer,
+    check_operands,
+    check_settings,
+    check_state_dtype,
+    gate_form,
+)
 from jax_gdn._operands import Operands, Settings
 from jax_gdn._sharding import shard_auto, shard_explicit
 from jax_gdn._transformations import batched, differentiable
@@ -26,15 +35,21 @@ def decode(
     k: ArrayLike,
     v: ArrayLike,
     state: ArrayLike,
-    A_log: ArrayLike,
-    a: ArrayLike,
-    dt_bias: ArrayLike,
-    b: ArrayLike,
+    A_log: ArrayLike | None = None,
+    a: ArrayLike | None = None,
+    dt_bias: ArrayLike | None = None,
+    b: ArrayLike | None = None,
     scale: float | None = None,
     output: ArrayLike | None = None,
     use_qk_l2norm: bool = True,
     *,
+    g: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
     state_layout: str = "KV",
+    layer: int | ArrayLike | None = None,
+    state_dtype: DTypeLike | None = None,
     state_indices: ArrayLike | None = None,
     output_state_indices: ArrayLike | None = None,
     implementation: str | None = None,
@@ -44,7 +59,8 @@ def decode(
     For every sequence, token and value head::
 
         g    = -exp(A_log) * softplus(a + dt_bias)                 log decay, <= 0
-        beta = sigmoid(b)                                          write strength
+        g    = lower_bound * sigmoid(exp(A_log) * (a + dt_bias))   if lower_bound
+        beta = sigmoid(b), or 2 sigmoid(b) if allow_neg_eigval     write strength
         q, k = q / sqrt(sum q^2 + 1e-6), k / sqrt(sum k^2 + 1e-6)  if use_qk_l2norm
         S    = exp(g) S                                            S is [K, V]
         u    = beta (v - k^T S)
@@ -72,8 +88,9 @@ def decode(
         k: Keys, [B, T, H, K], float16, bfloat16 or float32.
         v: Values, [B, T, HV, V], float16, bfloat16 or float32.
         state: States, [B, HV, K, V], or a pool of them, [N, HV, K, V], with
-            `state_indices`; float32, bfloat16 or float16.
-        A_log: Logarithm of the decay rate, [HV], float32.
+            `state_indices`, or with `layer` a stack of either, [L, B, HV, K, V] or
+            [L, N, HV, K, V]; float32, bfloat16 or float16.
+        A_log: Logarithm of the decay rate, [HV], float32; of 16 bits, it is cast.
         a: Decay input, [B, T, HV]; or [B, T, HV, K], one decay a key channel (Kimi
             Delta Attention). float16, bfloat16 or float32.
         dt_bias: Bias on `a`, [HV], or [HV, K] with the latter; float16, bfloat16 or
@@ -83,7 +100,18 @@ def decode(
         output: Optional [B, T, HV, V]. Gives the result its dtype and, when donated,
             its buffer; what it holds is not read.
         use_qk_l2norm: Whether q and k are normalised.
+        g: Log decay as it is, <= 0, [B, T, HV] or [B, T, HV, K], in place of `A_log`,
+            `a` and `dt_bias`; float16, bfloat16 or float32.
+        beta: Write strength as it is, [B, T, HV], in place of `b`; comes with `g`.
+        lower_bound: Of g, a Python number below 0, for models with a bounded decay.
+        allow_neg_eigval: Whether the write strength reaches 2.
         state_layout: "KV" or "VK", whether a state is [K, V] or [V, K].
+        layer: Which layer of a stack of states the call updates: a Python int, or an
+            integer scalar that the program computes (in a loop over layers). The stack
+            is updated in place; the other layers are neither read nor written. A
+            computed layer outside [0, L) makes every row padding.
+        state_dtype: What dtype the state must have. Where a framework may cast it on
+            its way here, that is an error then, and not a mismatch in a loop's carry.
         state_indices: The slot of the pool that each row reads, [B], int32. A row
             whose index is outside [0, N), by convention -1, is padding: its output is
             0 and nothing is written.
@@ -105,8 +133,10 @@ def decode(
 
     Raises:
         ValueError: Shapes disagree, HV is no multiple of H, `state_layout` or
-            `implementation` is unknown, `output_state_indices` comes alone, a slot of a
-            NumPy array does not fit into int32, or mapped calls share a pool.
+            `implementation` is unknown, `output_state_indices` comes alone, `g` and
+            `beta` are mixed with what they replace, a Python int `layer` is outside the
+            stack, a slot of a NumPy array does not fit into int32, or mapped calls
+            share a pool or a stack.
         TypeError: A dtype or a static argument has the wrong type.
         ImportError: The native modules were built for a newer jaxlib than this one.
         NotImplementedError: `implementation="native"` where there is no such kernel;
@@ -115,21 +145,41 @@ def decode(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
-    settings = Settings(scale, use_qk_l2norm, state_layout, implementation)
+    gates: dict[str, Any] = {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b}
+    form = gate_form(gates | {"g": g, "beta": beta}, lower_bound, allow_neg_eigval)
+    known_layer, layer = as_layer(layer)
+    settings = Settings(
+        scale,
+        use_qk_l2norm,
+        state_layout,
+        implementation,
+        form,
+        lower_bound,
+        allow_neg_eigval,
+        known_layer,
+    )
     check_settings(settings)
-    given = (q, k, v, state, A_log, a, dt_bias, b)
-    given += (output, state_indices, output_state_indices)
-    pairs = zip(Operands._fields, given, strict=True)
+    check_state_dtype(state, state_dtype)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
-    return _decode(settings, Operands(*(as_array(name, x) for name, x in pairs)))
+    if form == "given":
+        gates = {"a": as_array("g", g), "b": as_array("beta", beta)}
+    else:
+        gates = {name: as_array(name, x) for name, x in gates.items()}
+    others = {"q": q, "k": k, "v": v, "state": state, "output": output}
+    others |= {"state_indices": state_indices}
+    others |= {"output_state_indices": output_state_indices}
+    others = {name: as_array(name, x) for name, x in others.items()}
+    return _decode(settings, Operands(**gates, **others, layer=layer))
 
 
 @ft.partial(jax.jit, static_argnums=0)
 def _decode(settings: Settings, operands: Operands) -> tuple[Array, Array]:
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
-    axes = check_operands(operands, settings.state_layout)
+    axes = check_operands(operands, settings)
+    if operands.A_log is not None:
+        operands = operands._replace(A_log=operands.A_log.astype(jnp.float32))
     scale = operands.q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
     settings = settings._replace(axes=axes, scale=float(scale))
     with jax.named_scope("jax_gdn.decode"):

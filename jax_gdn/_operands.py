@@ -5,23 +5,30 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CHOICES = {"state_layout": ("KV", "VK"), "implementation": (None, "native", "xla")}
+# How log decay and write strength come: from logits, by softplus or by a sigmoid with a
+# lower bound, or as they are, in the places of `a` and `b`.
+GATE_FORMS = ("softplus", "sigmoid", "given")
 _FLOATS = ("float32", "bfloat16", "float16")
 
 # Axes (or a choice of them) and dtypes of each argument, which the native modules have
-# in ffi/operands.h. An axis gets its size where it first appears.
+# in ffi/operands.h. An axis gets its size where it first appears. With `layer` a state
+# has L in front.
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "q": (("B T H K",), _FLOATS),
     "k": (("B T H K",), _FLOATS),
     "v": (("B T HV V",), _FLOATS),
     "state": (("B HV K V", "B HV V K", "N HV K V", "N HV V K"), _FLOATS),
-    "A_log": (("HV",), ("float32",)),
+    "A_log": (("HV",), _FLOATS),
     "a": (("B T HV", "B T HV K"), _FLOATS),
     "dt_bias": (("HV", "HV K"), _FLOATS),
     "b": (("B T HV",), _FLOATS),
     "output": (("B T HV V",), _FLOATS),
     "state_indices": (("B",), ("int32",)),
     "output_state_indices": (("B", "B T"), ("int32",)),
+    "layer": (("",), ("int32",)),
 }
+GIVEN_GATES = {"a": "g", "b": "beta"}  # whose places they take
+WEIGHTS = ("A_log", "dt_bias")
 SLOTS = ("state_indices", "output_state_indices")
 OPTIONAL = ("output", *SLOTS)
 
@@ -46,21 +53,30 @@ class Results(NamedTuple):
 class Settings(NamedTuple):
     """What is fixed when a call is traced; hashable."""
 
-    scale: float | None
-    use_qk_l2norm: bool
-    state_layout: str
-    implementation: str | None
+    scale: float | None = None
+    use_qk_l2norm: bool = True
+    state_layout: str = "KV"
+    implementation: str | None = None
+    gate_form: str = "softplus"
+    lower_bound: float | None = None
+    allow_neg_eigval: bool = False
+    layer: int | None = None  # where it is no operand
     axes: Operands = Operands()  # of each operand, without batch dimensions
-    num_batch_dims: int = 0  # put by vmap before B and before N
+    num_batch_dims: int = 0  # put by vmap before B, and before L or N
 
     @property
     def has_pool(self) -> bool:
         return self.axes.state_indices is not None
 
     @property
+    def has_stack(self) -> bool:
+        return self.layer is not None or self.axes.layer is not None
+
+    @property
     def has_batch_dims(self) -> Operands:
         """Whether each operand has the batch dimensions; the weights have not."""
-        return Operands(*(axes and axes[0] in ("B", "N") for axes in self.axes))
+        axes = self.axes._asdict().items()
+        return Operands(*(x is not None and name not in WEIGHTS for name, x in axes))
 
 
 Call = Callable[[Settings, Operands], Results]

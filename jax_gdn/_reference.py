@@ -1,5 +1,7 @@
 """The reference of `jax_gdn.decode`, in jnp; the formula is in its docstring."""
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,21 +15,39 @@ def reference_decode(
     k: Array,
     v: Array,
     state: Array,
-    A_log: Array,
-    a: Array,
-    dt_bias: Array,
-    b: Array,
+    A_log: Array | None = None,
+    a: Array | None = None,
+    dt_bias: Array | None = None,
+    b: Array | None = None,
     scale: float | None = None,
     output: Array | None = None,
     use_qk_l2norm: bool = True,
     *,
+    g: Array | None = None,
+    beta: Array | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
     state_layout: str = "KV",
+    layer: int | Array | None = None,
     state_indices: Array | None = None,
     output_state_indices: Array | None = None,
 ) -> tuple[Array, Array]:
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
+    if layer is not None:
+        given = dict(locals(), layer=None)
+        L, N, *_ = state.shape
+        rows = jnp.arange(N, dtype=jnp.int32)
+        slots = {"state_indices": rows if state_indices is None else state_indices}
+        if output_state_indices is not None:
+            slots["output_state_indices"] = output_state_indices
+        given |= {n: slots_of_layer(layer, L, N, x) for n, x in slots.items()}
+        given["state"] = state.reshape(L * N, *state.shape[2:])
+        out, pool = reference_decode(**given)
+        return out, pool.reshape(state.shape)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    S, tokens, valid = state, [q, k, v, a, b], None
+    gates = [a, b] if g is None else [g, beta]
+    gates_of = ft.partial(_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
+    S, tokens, valid = state, [q, k, v, *gates], None
     read, write = state_indices, output_state_indices
     if read is not None:
         write = read if write is None else write
@@ -39,7 +59,7 @@ def reference_decode(
     S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
 
     def step(S, token):
-        out, S = _decode_token(S, token, A_log, dt_bias, use_qk_l2norm)
+        out, S = _decode_token(S, token, gates_of, use_qk_l2norm)
         return S, (factor * out, S if every_token else None)
 
     tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in tokens]
@@ -64,7 +84,28 @@ def _read(state, slots):
     return state.at[slots].get(mode="fill", fill_value=0)
 
 
-def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
+def slots_of_layer(layer, L, N, slots):
+    """Returns the slots of a layer of a stack as those of one pool of L N slots.
+
+    What is outside the layer, or of a layer outside the stack, becomes -1.
+    """
+    inside = (slots >= 0) & (slots < N) & (layer >= 0) & (layer < L)
+    return jnp.where(inside, layer * N + slots, -1)
+
+
+def _gates(A_log, dt_bias, lower_bound, allow_neg_eigval, a, b):
+    """Log decay and write strength; without `A_log`, a and b are these."""
+    if A_log is None:
+        return a, b
+    x = a + dt_bias.astype(jnp.float32)[None]
+    A_log = jnp.expand_dims(A_log.astype(jnp.float32), [0, *range(2, x.ndim)])
+    beta = jax.nn.sigmoid(b) * (2 if allow_neg_eigval else 1)
+    if lower_bound is None:
+        return -decay_rate(A_log, x), beta
+    return lower_bound * jax.nn.sigmoid(scaled(A_log, x)), beta
+
+
+def _decode_token(S, token, gates_of, use_qk_l2norm):
     """The formula: q, k [B, H, K], v [B, HV, V], a, b [B, HV], S [B, HV, K, V]."""
     q, k, v, a, b = token
     if use_qk_l2norm:
@@ -73,14 +114,22 @@ def _decode_token(S, token, A_log, dt_bias, use_qk_l2norm):
         # on a GPU, and ten times longer to compile.
         q, k = lax.optimization_barrier((q, k))
     q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
-    x = a + dt_bias.astype(jnp.float32)[None]
-    g = -decay_rate(jnp.expand_dims(A_log, [0, *range(2, x.ndim)]), x)
-    beta = jax.nn.sigmoid(b)[..., None]
+    g, beta = gates_of(a, b)
 
     S = (jnp.exp(g)[..., None] if g.ndim == 3 else jnp.exp(g)[..., None, None]) * S
-    u = beta * (v - jnp.sum(k[..., None] * S, axis=2))
+    u = beta[..., None] * (v - jnp.sum(k[..., None] * S, axis=2))
     S = S + k[..., None] * u[:, :, None]
     return jnp.sum(q[..., None] * S, axis=2), S
+
+
+def scaled(A_log, x):
+    """exp(A_log) * x, at most 128 and at least -128, where a sigmoid is 1 or 0.
+
+    Finite for all finite inputs, with its derivatives: exp(A_log) comes in two steps.
+    """
+    half = jnp.exp(jnp.where(A_log > 176, 176, A_log) / 2)
+    y = jnp.clip(half * x, -1e37, 1e37)
+    return jnp.clip(half * y, -128, 128)
 
 
 def decay_rate(A_log, x):

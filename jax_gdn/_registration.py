@@ -13,12 +13,13 @@ import jaxlib
 from jax import export
 
 # Targets are global to the process and stay in exported programs, so the name
-# carries the version of the call's signature.
-DECODE_TARGET = "jax_gdn.decode.v1"
+# carries the version of the call's signature. Programs of 0.2 and before call v1.
+DECODE_TARGET = "jax_gdn.decode.v2"
+_TARGETS = ("jax_gdn.decode.v1", DECODE_TARGET)
 
 # For `jax.export.export(..., disabled_checks=...)`: a target keeps its meaning, so a
 # program that calls it may be kept.
-DISABLE_JAX_EXPORT_CHECKS = (export.DisabledSafetyCheck.custom_call(DECODE_TARGET),)
+DISABLE_JAX_EXPORT_CHECKS = tuple(map(export.DisabledSafetyCheck.custom_call, _TARGETS))
 
 
 def runtime_ffi_version() -> tuple[int, int]:
@@ -48,8 +49,8 @@ def _load(name: str, platform: str) -> Any:
             "Upgrade jaxlib, or rebuild jax_gdn against this one."
         )
     else:
-        stages = module.handlers()["decode"]
-        jax.ffi.register_ffi_target(DECODE_TARGET, stages, platform=platform)
+        for target, stages in module.handlers().items():
+            jax.ffi.register_ffi_target(target, stages, platform=platform)
     return module
 
 

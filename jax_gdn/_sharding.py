@@ -31,7 +31,7 @@ def _axes_with_batch_dims(settings: Settings, name: str) -> list[str]:
     operand = {"out": "v", "new_state": "state"}.get(name, name)
     axes = getattr(settings.axes, operand)
     batch = [f"E{i}" for i in range(settings.num_batch_dims)]
-    return [*batch, *axes] if axes[0] in ("B", "N") else list(axes)
+    return [*batch, *axes] if getattr(settings.has_batch_dims, operand) else list(axes)
 
 
 def _mesh_axes_of(spec: Iterable[Any]) -> list[str]:
@@ -97,7 +97,7 @@ def _split(
         return call(settings, operands)
 
     there = settings.axes._asdict().items()
-    specs = Operands(*(axes and spec(name) for name, axes in there))
+    specs = Operands(*(None if axes is None else spec(name) for name, axes in there))
     return specs, Results(spec("out"), spec("new_state")), on_shard
 
 
@@ -231,7 +231,7 @@ def _sharding_rule(settings: Settings, mesh, operands, results):
         ", ".join(factors(name) for name, _ in settings.axes.items()),
         ", ".join(map(factors, ("out", "new_state"))),
     )
-    whole = {"t", "k", "v"} | ({"b", "n"} if settings.has_pool else set())
+    whole = {"t", "k", "v", "l"} | ({"b", "n"} if settings.has_pool else set())
     # In the order in which the rule names them first.
     ordered = tuple(n for n in dict.fromkeys(re.findall(r"\w+", rule)) if n in whole)
     return rule, {"need_replication_factors": ordered, **sizes}

@@ -8,8 +8,8 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from jax_gdn._operands import Call, Operands, Results, Settings
-from jax_gdn._reference import decay_rate
+from jax_gdn._operands import SLOTS, Call, Operands, Results, Settings
+from jax_gdn._reference import decay_rate, scaled
 from jax_gdn._sharding import shard_explicit
 
 
@@ -73,11 +73,12 @@ def _with_batch_dim(
     settings: Settings, axis_size: int, mapped: Operands, operands: Operands
 ) -> Operands:
     """Returns operands that all have the new batch dimension but for the weights."""
-    if settings.has_pool and not mapped.state:
+    if (settings.has_pool or settings.has_stack) and not mapped.state:
+        kind, by = ("stack", "layer") if settings.has_stack else ("pool", SLOTS[0])
         raise ValueError(
             "jax_gdn.decode: under jax.vmap `state` must be mapped too where it is a "
-            f"pool (`state_indices` is given); got one pool for {axis_size} mapped "
-            "calls, which would each return their own. Map the pool, or make the "
+            f"{kind} (`{by}` is given); got one {kind} for {axis_size} mapped "
+            f"calls, which would each return their own. Map the {kind}, or make the "
             "mapped axis part of B."
         )
     if mapped.A_log or mapped.dt_bias:
@@ -113,7 +114,10 @@ def _weights_into_a(
     dt_bias = jnp.zeros(x.shape[dims + 3 :], jnp.float32)
     if not mapped.A_log:
         return {"a": x, "dt_bias": dt_bias}
-    rate = decay_rate(widened("A_log"), x)
-    x = rate + jnp.log(-jnp.expm1(-rate))
+    if settings.gate_form == "sigmoid":
+        x = scaled(widened("A_log"), x)
+    else:
+        rate = decay_rate(widened("A_log"), x)
+        x = rate + jnp.log(-jnp.expm1(-rate))
     A_log = jnp.zeros(x.shape[dims + 3], jnp.float32)
     return {"a": x, "A_log": A_log, "dt_bias": dt_bias}

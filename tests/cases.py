@@ -43,6 +43,13 @@ class Case:
     qk_norm: float | None = None  # of every q and k vector
     scale: float | None = None
     use_qk_l2norm: bool = True
+    given: bool = False  # g and beta, in the dtypes of a and b
+    g_value: float | None = None
+    beta_value: float | None = None
+    lower_bound: float | None = None
+    allow_neg_eigval: bool = False
+    layers: int | None = None  # of a stack of states
+    layer: int = 0
     seed: int = 0
 
     @property
@@ -56,11 +63,18 @@ class Case:
 
     @property
     def settings(self) -> dict:
-        return {
+        settings: dict[str, Any] = {
             "scale": self.scale,
             "use_qk_l2norm": self.use_qk_l2norm,
             "state_layout": self.layout,
         }
+        if self.lower_bound is not None:
+            settings["lower_bound"] = self.lower_bound
+        if self.allow_neg_eigval:
+            settings["allow_neg_eigval"] = True
+        if self.layers is not None:
+            settings["layer"] = self.layer
+        return settings
 
     @property
     def slots(self) -> dict[str, np.ndarray]:
@@ -88,12 +102,13 @@ class Case:
         B, T, H, HV, K, V = self.B, self.T, self.H, self.HV, self.K, self.V
         channels = (K,) if self.per_channel else ()
         tile = (K, V) if self.layout == "KV" else (V, K)
-        N = B if self.N is None else self.N
+        states = (B if self.N is None else self.N, HV)
+        states = states if self.layers is None else (self.layers, *states)
         arrays = {
             "q": vectors(self.q, B, T, H, K),
             "k": vectors(self.k, B, T, H, K),
             "v": normal(self.v, B, T, HV, V),
-            "state": normal(self.state, N, HV, *tile),
+            "state": normal(self.state, *states, *tile),
             "A_log": np.log(rng.uniform(0.01, 16, HV)).astype(np.float32),
             "a": normal(self.a, B, T, HV, *channels),
             "dt_bias": normal(self.dt_bias, HV, *channels),
@@ -106,6 +121,14 @@ class Case:
             arrays["b"] = np.full_like(arrays["b"], self.b_value)
         if self.A_log_value is not None:
             arrays["A_log"] = np.full_like(arrays["A_log"], self.A_log_value)
+        if self.given:
+            a, b = arrays.pop("a"), arrays.pop("b")
+            del arrays["A_log"], arrays["dt_bias"]
+            g = -np.exp(a.astype(np.float64)) if self.g_value is None else self.g_value
+            beta = 1 / (1 + np.exp(-b.astype(np.float64)))
+            beta = beta if self.beta_value is None else self.beta_value
+            arrays["g"] = np.broadcast_to(g, a.shape).astype(a.dtype)
+            arrays["beta"] = np.broadcast_to(beta, b.shape).astype(b.dtype)
         return arrays
 
 
@@ -221,6 +244,38 @@ TILE_CASES += [
         )
     ),
 ]
+# Gates as they are, and those of models with a bounded decay or a strength of up to 2.
+GATE_FORM_CASES = [
+    *(
+        Case(layout=layout, per_channel=per_channel, T=T, **form)
+        for layout, per_channel, T in itertools.product(LAYOUTS, (False, True), (1, 3))
+        for form in (
+            {"given": True},
+            {"lower_bound": -5.0, "allow_neg_eigval": True},
+        )
+    ),
+    *(Case(given=True, a=dtype, b=dtype, K=64, V=32) for dtype in DTYPES),
+    *(
+        Case(given=True, g_value=g, beta_value=beta, per_channel=per_channel, **F32)
+        for g, beta in itertools.product((0.0, -1e30, -np.inf), (0.0, 1.0, 2.0))
+        for per_channel in (False, True)
+    ),
+    *(
+        Case(lower_bound=bound, x=x, A_log_value=A_log, **F32)
+        for bound in (-5.0, -1e-3)
+        for x, A_log in ((-1e4, 3.0), (0.0, 100.0), (1e4, -10.0), (1e30, 100.0))
+    ),
+    Case(allow_neg_eigval=True, b_value=100.0, **F32),
+]
+STACK_CASES = [
+    Case(B=3, T=T, K=64, V=32, layers=4, layer=layer, state=state, **pool)
+    for T, layer, state in ((1, 0, "float32"), (2, 3, "bfloat16"), (2, 1, "float32"))
+    for pool in (
+        {},
+        {"N": 5, "reads": (4, -1, 2)},
+        {"N": 5, "reads": (4, -1, 2), "writes": (1, 0, -1)},
+    )
+]
 CASES = (
     SHAPE_CASES
     + DTYPE_CASES
@@ -230,6 +285,8 @@ CASES = (
     + LAYOUT_CASES
     + POOL_CASES
     + TILE_CASES
+    + GATE_FORM_CASES
+    + STACK_CASES
 )
 # Those that take long: many states, and most mixtures of dtypes. Marked `slow` where
 # they are compared with float64.

@@ -2,7 +2,7 @@
 
 import re
 
-TARGET = "jax_gdn.decode.v1"
+TARGET = "jax_gdn.decode.v2"
 
 
 def calls(text: str) -> int:

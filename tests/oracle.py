@@ -10,13 +10,19 @@ def decode64(
     k,
     v,
     state,
-    A_log,
-    a,
-    dt_bias,
-    b,
+    A_log=None,
+    a=None,
+    dt_bias=None,
+    b=None,
     scale=None,
     use_qk_l2norm=True,
+    *,
+    g=None,
+    beta=None,
+    lower_bound=None,
+    allow_neg_eigval=False,
     state_layout="KV",
+    layer=None,
     state_indices=None,
     output_state_indices=None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -24,8 +30,15 @@ def decode64(
 
     A slot that nothing is written to keeps what it had.
     """
-    q, k, v, state, A_log, a, dt_bias, b = (
-        np.array(x, dtype=np.float64) for x in (q, k, v, state, A_log, a, dt_bias, b)
+    if layer is not None:
+        given = locals() | {"state": state[layer], "layer": None}
+        out, new_layer = decode64(**given)
+        new_state = np.array(state, dtype=np.float64)
+        new_state[layer] = new_layer
+        return out, new_state
+    q, k, v, state, A_log, a, dt_bias, b, g, beta = (
+        None if x is None else np.array(x, dtype=np.float64)
+        for x in (q, k, v, state, A_log, a, dt_bias, b, g, beta)
     )
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -49,15 +62,25 @@ def decode64(
                 if use_qk_l2norm:
                     q_j = q_j / np.sqrt(q_j @ q_j + EPSILON)
                     k_j = k_j / np.sqrt(k_j @ k_j + EPSILON)
-                g = -np.exp(A_log[j]) * np.logaddexp(0.0, a[n, t, j] + dt_bias[j])
-                beta = 1 / (1 + np.exp(-b[n, t, j]))
-                S = np.exp(g).reshape(-1, 1) * S
-                u = beta * (v[n, t, j] - k_j @ S)
+                if g is not None:
+                    g_j, beta_j = g[n, t, j], beta[n, t, j]
+                else:
+                    x = a[n, t, j] + dt_bias[j]
+                    g_j = -np.exp(A_log[j]) * np.logaddexp(0.0, x)
+                    if lower_bound is not None:
+                        g_j = lower_bound * sigmoid(np.exp(A_log[j]) * x)
+                    beta_j = sigmoid(b[n, t, j]) * (2 if allow_neg_eigval else 1)
+                S = np.exp(g_j).reshape(-1, 1) * S
+                u = beta_j * (v[n, t, j] - k_j @ S)
                 S = S + np.outer(k_j, u)
                 out[n, t, j] = scale * (q_j @ S)
                 if (every or t == T - 1) and 0 <= writes[n, t] < N:
                     new_state[writes[n, t], j] = S if state_layout == "KV" else S.T
     return out, new_state
+
+
+def sigmoid(x):
+    return np.exp(-np.logaddexp(0.0, -x))
 
 
 def assert_close(actual, expected, tolerance: float, what: str) -> None:

@@ -36,11 +36,9 @@ def check(implementation, case: Case) -> None:
     optional = case.slots
     if case.output is not None:
         optional["output"] = np.full(arrays["v"].shape, np.nan, case.out_dtype)
-    call = jax.jit(lambda *x, **k: implementation(*x, **k, **case.settings))
-    out, state = call(*arrays.values(), **optional)
-    expected_out, expected_state = decode64(
-        *arrays.values(), **case.slots, **case.settings
-    )
+    call = jax.jit(lambda x: implementation(**x, **case.settings))
+    out, state = call(arrays | optional)
+    expected_out, expected_state = decode64(**arrays, **case.slots, **case.settings)
     assert out.dtype == case.out_dtype
     assert state.dtype == arrays["state"].dtype
     assert_close(np.asarray(state), expected_state, STATE_TOLERANCE, "state")

@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gdn
 from jax_gdn import _registration
+from tests import test_stacks as stacks
 from tests.cases import Case
-from tests.hlo import calls, collectives, copies, opcodes, state_aliases
+from tests.hlo import TARGET, calls, collectives, copies, opcodes, state_aliases
 from tests.meshes import KINDS, host_arrays, label, mesh_of, specs_of, split, step
 from tests.test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
 from tests.test_pools import BRANCHES, branching
@@ -124,6 +125,21 @@ def test_kept_state_costs_one_copy(h100, program):
     number = 12 if program is layers else 1
     assert calls(text) == state_aliases(text) == number
     assert copies(text, SHAPE) == number
+
+
+@pytest.mark.parametrize("program", stacks.PROGRAMS)
+@pytest.mark.parametrize("pool", [{}, stacks.POOL], ids=["dense", "pool"])
+def test_layer_of_a_stack_in_place(h100, program, pool):
+    stack, rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100),
+        stacks.arrays_of(Case(**stacks.CASE.__dict__ | pool)),
+    )
+    call = jax.jit(program, donate_argnums=0)
+    compiled = call.lower(stack, rest, rest["v"]).compile()
+    text = compiled.as_text()
+    assert calls(text) == state_aliases(text) > 0
+    assert copies(text, stack.shape) == copies(text, stack.shape[1:]) == 0
+    assert compiled.memory_analysis().temp_size_in_bytes < stacks.LAYER_BYTES
 
 
 def test_reference_for_the_record(h100, record_property):
@@ -281,7 +297,7 @@ def test_vmap_is_one_call_in_place(h100, mapped):
 
 def test_handler_is_command_buffer_compatible():
     """Asks the registered handler as XLA does, when it decides what to capture."""
-    stages = _registration.cuda.handlers()["decode"]
+    stages = _registration.cuda.handlers()[TARGET]
     assert ffi_traits(stages["execute"]) == COMMAND_BUFFER_COMPATIBLE
 
 

@@ -16,7 +16,7 @@ from tests.ffi_client import Array, Client
 from tests.hlo import TARGET
 from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
-REQUIRED = tuple(name for name in Operands._fields if name not in OPTIONAL)
+REQUIRED = tuple(n for n in Operands._fields if n not in (*OPTIONAL, "layer"))
 MODULES = ["_cpu", pytest.param("_cuda", marks=pytest.mark.cuda_build)]
 SMALL = {"B": 3, "T": 2, "H": 2, "HV": 4, "K": 64, "V": 32}
 POOL = {"N": 7, "reads": (5, -1, 2)}
@@ -30,7 +30,7 @@ FORMS = [
 
 def client_of(module: str, **options) -> Client:
     native = {"_cpu": _registration.cpu, "_cuda": _registration.cuda}[module]
-    return Client(native.handlers()["decode"]["execute"], **options)
+    return Client(native.handlers()[TARGET]["execute"], **options)
 
 
 def attributes_of(case: Case, names) -> dict:
@@ -40,6 +40,10 @@ def attributes_of(case: Case, names) -> dict:
         "use_qk_l2norm": np.bool_(True),
         "state_layout": np.int32(LAYOUTS.index(case.layout)),
         "optional_operands": np.int32(bits),
+        "gates": np.int32(0),
+        "lower_bound": np.float32(0),
+        "beta_scale": np.float32(1),
+        "layer": np.int32(-1),
     }
 
 
@@ -72,6 +76,23 @@ def test_state_and_new_state_in_two_buffers(case):
     assert np.asarray(new_state).tobytes() == np.asarray(expected[1]).tobytes()
     before = case.inputs()["state"]
     assert np.asarray(arrays["state"]).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("pool", [{}, POOL], ids=["dense", "pool"])
+def test_stack_and_new_stack_in_two_buffers(pool):
+    """All layers are copied; the one that is named is updated."""
+    case = Case(**SMALL, **pool, layers=3, layer=1)
+    arrays = {n: jnp.asarray(x) for n, x in (case.inputs() | case.slots).items()}
+    expected = jax_gdn.decode(**arrays, layer=1)
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in expected]
+    attributes = attributes_of(case, arrays) | {"layer": np.int32(1)}
+    call = jax.jit(lambda *x: jax.ffi.ffi_call(TARGET, types)(*x, **attributes))
+    out, stack = call(*arrays.values())
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(expected[0]))
+    np.testing.assert_array_equal(np.asarray(stack), np.asarray(expected[1]))
+    before = case.inputs()["state"]
+    np.testing.assert_array_equal(np.asarray(stack)[::2], before[::2])
+    np.testing.assert_array_equal(np.asarray(arrays["state"]), before)
 
 
 def test_pool_of_its_own_buffer_is_copied_where_no_row_is():
@@ -164,6 +185,10 @@ def test_results_that_overlap_are_refused(module):
         ("optional_operands", 8, "optional_operands, 8, must say which of output"),
         ("optional_operands", 2, "optional_operands, 2, must say which of output"),
         ("optional_operands", -1, "optional_operands, -1, must say which of output"),
+        ("gates", 2, "optional_operands, 0, must say which of output"),
+        ("gates", 3, "gates must be 0 (softplus), 1 (sigmoid) or 2 (given), got 3"),
+        ("layer", 0, "layer must be one of a stack [L, N, ...], or -1; got 0 of [3, "),
+        ("layer", -2, "layer must be one of a stack [L, N, ...], or -1; got -2 of [3"),
     ],
 )
 def test_attributes_of_another_program_are_refused(module, attribute, value, said):
@@ -214,6 +239,7 @@ def mutate(rng, operands: list, results: list, attributes: dict) -> None:
 
 # What an error may name: an argument, an attribute, or, of XLA's own, what it counts.
 NAMED = (*REQUIRED, *OPTIONAL, "out", "new state", "attribute", "arguments", "operands")
+NAMED += ("gates", "layer")
 
 
 def test_no_wrong_program_goes_unnoticed_or_crashes():

@@ -5,6 +5,7 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
 
 import jax_gdn
@@ -21,15 +22,18 @@ BLOCKS = {
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
 def test_python_blocks_run_in_order(page):
     scope: dict = {}
-    for block in BLOCKS[page]:
-        exec(block, scope)
+    # As a user has them.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in BLOCKS[page]:
+            exec(block, scope)
 
 
 def test_pages_have_their_blocks():
     count = {name: len(blocks) for name, blocks in BLOCKS.items() if blocks}
     assert count == {
         "README.md": 1,
-        "docs/serving.md": 8,
+        "docs/models.md": 5,
+        "docs/serving.md": 7,
         "docs/transformations.md": 1,
     }
 
@@ -66,6 +70,16 @@ def test_decode_loop_example(capsys):
     printed = capsys.readouterr().out
     assert "same buffer: True" in printed
     assert "same bits True" in printed
+
+
+def test_scanned_layers_example(capsys, host):
+    path = str(ROOT / "examples" / "scanned_layers.py")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        runpy.run_path(path, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "same buffer: True" in printed
+    assert "same tokens: True" in printed
+    assert len(set(printed.split("sequence:")[1].split())) > 4
 
 
 @pytest.mark.parametrize("name", ["continuous_batching", "speculative_decoding"])

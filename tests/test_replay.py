@@ -42,7 +42,8 @@ class Handler(cuda_driver.StreamClient):
 
     def __init__(self):
         super().__init__(
-            _registration.cpu.handlers()["decode"]["execute"], Driver.stream
+            _registration.cpu.handlers()[_registration.DECODE_TARGET]["execute"],
+            Driver.stream,
         )
         self.states = []
 
@@ -143,7 +144,9 @@ def test_what_is_measured_stays_when_the_run_is_cut_off(monkeypatch, tmp_path):
         return {"B": base.B, "K": base.K, "state_dtype": base.state_dtype, "rows": {}}
 
     stub = types.SimpleNamespace(
-        handlers=lambda: {"decode": {"execute": _registration.cpu.handlers()}}
+        handlers=lambda: {
+            _registration.DECODE_TARGET: {"execute": _registration.cpu.handlers()}
+        }
     )
     monkeypatch.setattr(_registration, "cuda", stub)
     monkeypatch.setattr(replay, "StreamClient", lambda *_: None)

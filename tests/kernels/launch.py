@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from jax_gdn import _registration
+from jax_gdn._operands import GATE_FORMS, GIVEN_GATES
 from tests.cases import LAYOUTS, Case
 from tests.kernels import module
 from tests.ptxcheck import fault, machine
@@ -42,11 +43,33 @@ def shipped(symbol: str) -> Program:
 
 
 def plan_decode(
-    operands, *, scale: float, use_qk_l2norm=True, state_layout="KV", kernel=None
+    operands,
+    *,
+    scale: float,
+    use_qk_l2norm=True,
+    state_layout="KV",
+    kernel=None,
+    lower_bound: float | None = None,
+    allow_neg_eigval=False,
+    layer: int = -1,
 ) -> dict:
     """Asks the library for a launch; operands are (address, dtype, shape) by name."""
-    layout = LAYOUTS.index(state_layout)
-    return _registration.cuda.plan(operands, scale, use_qk_l2norm, layout, kernel)
+    form = "softplus" if lower_bound is None else "sigmoid"
+    if "g" in operands:
+        form = "given"
+        places = {gate: place for place, gate in GIVEN_GATES.items()}
+        operands = {places.get(name, name): x for name, x in operands.items()}
+    return _registration.cuda.plan(
+        operands,
+        scale,
+        use_qk_l2norm,
+        LAYOUTS.index(state_layout),
+        kernel,
+        GATE_FORMS.index(form),
+        lower_bound or 0.0,
+        2.0 if allow_neg_eigval else 1.0,
+        layer,
+    )
 
 
 def planned(case: Case, kernel: str | None = None) -> str:
@@ -148,6 +171,8 @@ def decode(
     state_layout: str = "KV",
     out_dtype: np.dtype | None = None,
     kernel: str | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
     edit: Callable[[str], str] | None = None,
     edit_plan: Callable[[dict], dict] = lambda plan: plan,
     approximate_by: float = 0,
@@ -176,6 +201,8 @@ def decode(
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
         kernel=kernel,
+        lower_bound=lower_bound,
+        allow_neg_eigval=allow_neg_eigval,
     )
     program = None
     if edit is not None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cases import Case
 from tests.kernels import launch, module
+from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 from tests.ptxcheck import floats
 from tests.test_extremes import CASES, DECAY_TOLERANCE, extreme_gates
 
@@ -59,6 +60,29 @@ def test_gates_of_any_size(case):
     assert np.isfinite(result.arrays["out"].astype(np.float32)).all()
     error = np.abs(result.arrays["state"] - decay)
     assert error.max() <= DECAY_TOLERANCE
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"given": True},
+        {"given": True, "g_value": -np.inf, "beta_value": 2.0},
+        {"lower_bound": -5.0, "allow_neg_eigval": True},
+        {"lower_bound": -5.0, "x": 1e30, "A_log_value": 100.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["KV", "VK"])
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gate_forms_against_float64(form, layout, T, per_channel):
+    case = Case(B=1, H=1, T=T, layout=layout, per_channel=per_channel, **form)
+    result = launch.run(case)
+    with np.errstate(over="ignore"):
+        out, state = decode64(**case.inputs(), **case.settings)
+    assert_close(result.arrays["out"], out, OUT_TOLERANCE, "out")
+    assert_close(result.arrays["state"], state, STATE_TOLERANCE, "state")
 
 
 def test_the_polynomial_is_within_an_ulp():
