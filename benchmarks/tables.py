@@ -210,6 +210,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "scaling-h200": ("h200/scaling", scaling),
     "speculation-h200": ("h200/costs", speculation),
     "speculation-host": ("host/costs", speculation),
+    "speculation-h100": ("h100/costs", speculation),
+    "gradients-h200": ("h200/costs", gradients),
     "gradients-host": ("host/costs", gradients),
     "drift": ("host/accuracy", drift),
     "bench-host": ("host/bench", bench),

@@ -4,6 +4,7 @@ import importlib.metadata
 
 project = "jax_gdn"
 author = "The jax_gdn authors"
+copyright = "The jax_gdn authors"
 release = importlib.metadata.version("jax-gdn")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]

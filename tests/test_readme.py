@@ -48,11 +48,21 @@ def test_argument_table_is_the_signature():
     assert sorted(named) == sorted(inspect.signature(jax_gdn.decode).parameters)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", PAGES[page]):
+    text = (ROOT / page).read_text("utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([\w-]*)\)", text):
         if "://" not in target:
-            assert ((ROOT / page).parent / target).exists(), target
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), target
+            if anchor:
+                assert anchor in anchors(path.read_text("utf-8")), anchor
 
 
 @pytest.mark.parametrize("page", PAGES)
