@@ -1,5 +1,6 @@
 """The checks of `decode`, every one before anything runs, and `check_slots`."""
 
+import math
 import numbers
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -52,7 +53,8 @@ def gate_form(given: Mapping[str, Any], lower_bound: Any, allow_neg_eigval: Any)
     gates = [name for name in there if name in GIVEN_GATES.values()]
     others = [name for name in there if name not in gates]
     others += ["lower_bound"] * (lower_bound is not None)
-    others += ["allow_neg_eigval"] * (allow_neg_eigval is True)
+    neg = isinstance(allow_neg_eigval, bool | np.bool_) and bool(allow_neg_eigval)
+    others += ["allow_neg_eigval"] * neg
     if gates and others:
         raise ValueError(
             "jax_gdn: `g` and `beta` come in place of `A_log`, `a`, `dt_bias`, `b`, "
@@ -64,6 +66,10 @@ def gate_form(given: Mapping[str, Any], lower_bound: Any, allow_neg_eigval: Any)
             "jax_gdn: give `A_log`, `a`, `dt_bias` and `b`, or `g` and `beta`; got "
             "none of them."
         )
+    if len(gates) == 1:
+        missing = "beta" if gates[0] == "g" else "g"
+        hint = " `g` and `beta` come together."
+        raise TypeError(_must(missing, "be an array", "None", hint))
     if gates:
         return "given"
     return "softplus" if lower_bound is None else "sigmoid"
@@ -71,17 +77,22 @@ def gate_form(given: Mapping[str, Any], lower_bound: Any, allow_neg_eigval: Any)
 
 def as_layer(layer: Any) -> tuple[int | None, Array | None]:
     """Returns a layer that is known, or one that a program computes."""
-    if layer is None or isinstance(layer, numbers.Integral):
-        if isinstance(layer, bool):
-            raise TypeError(_must("layer", "be an int or an integer scalar", "bool"))
-        return None if layer is None else int(layer), None
-    if isinstance(layer, np.ndarray):
-        layer = jnp.asarray(layer)
-    if not isinstance(layer, Array):
-        got = type(layer).__name__
+    if not isinstance(layer, Array) and hasattr(layer, "__jax_array__"):
+        layer = layer.__jax_array__()
+    if isinstance(layer, np.ndarray) and layer.ndim == 0:
+        layer = layer[()]
+    if layer is None:
+        return None, None
+    if isinstance(layer, numbers.Integral) and not isinstance(layer, bool):
+        known = int(layer)
+        if not 0 <= known <= np.iinfo(np.int32).max:
+            raise ValueError(_must("layer", "be in [0, L) of `state`", known))
+        return known, None
+    if not isinstance(layer, Array) or not jnp.issubdtype(layer.dtype, jnp.integer):
+        got = layer.dtype.name if hasattr(layer, "dtype") else type(layer).__name__
         raise TypeError(_must("layer", "be an int or an integer scalar", got))
-    if layer.dtype == jnp.int32 or not jnp.issubdtype(layer.dtype, jnp.integer):
-        return None, layer  # checked with the other operands
+    if layer.dtype == jnp.int32:
+        return None, layer
     int32 = jnp.iinfo(jnp.int32)  # such a layer does not come to be inside by wrapping
     inside = (layer >= 0) & (layer <= jnp.array(int32.max).astype(layer.dtype))
     return None, jnp.where(inside, layer, 0).astype(jnp.int32) - jnp.where(inside, 0, 1)
@@ -131,10 +142,8 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
         if wrong or origins:
             got = f"{list(x.shape)}" + (f" ({', '.join(origins)})" if origins else "")
             hint = ""
-            if name == "state" and axes[0] == "B" and x.shape[:1] != (sizes["B"],):
-                hint = " A pool of slots, [N, ...], needs `state_indices`."
-                if wrong:
-                    hint = " A stack of layers, [L, B, ...], needs `layer`." + hint
+            if name == "state":
+                hint = _state_hint(axes, x.shape, sizes)
             what = f"have shape {_shape_text(axes, sizes)}"
             raise ValueError(_must(name, what, got, hint))
         for axis, size in zip(axes, x.shape, strict=True):
@@ -149,12 +158,33 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
     # The handler checks a symbolic L, when it has a value.
     if layer is not None and not export.is_symbolic_dim(L) and not 0 <= layer < L:
         raise ValueError(_must("layer", f"be in [0, L) = [0, {L}) of `state`", layer))
+    many = [sizes[axis] for axis in ("L", "N") if axis in sizes]
+    known = not any(export.is_symbolic_dim(size) for size in many)
+    if "L" in sizes and known:
+        slots = math.prod(many) if "N" in sizes else L * sizes["B"]
+        if not export.is_symbolic_dim(slots) and slots > np.iinfo(np.int32).max:
+            what = "have states in all layers that int32 can number"
+            raise ValueError(_must("state", what, slots))
     if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
             "jax_gdn: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
         )
     return Operands(**result)
+
+
+def _state_hint(axes: Sequence[str], shape: Sequence[int], sizes: Mapping) -> str:
+    """Says which argument a state of this shape may lack, or have too many."""
+    if axes[0] == "L":
+        if len(shape) == len(axes):
+            return " Of a cache [B, L, ...], map the rows: see the documentation."
+        return " With `layer` it is a stack of layers."
+    hint = ""
+    if len(shape) == len(axes) + 1:
+        hint = " A stack of layers, [L, ...], needs `layer`."
+    if axes[0] == "B" and tuple(shape[:1]) != (sizes["B"],):
+        hint += " A pool of slots, [N, ...], needs `state_indices`."
+    return hint
 
 
 def _dtype_hint(name: str, dtypes: Sequence[str], x: Array) -> str:
@@ -176,18 +206,23 @@ def _check_sizes(name: str, axes: Sequence[str], sizes: Mapping[str, int]) -> No
         raise ValueError(_must(name, what, f"HV = {sizes['HV']}"))
 
 
-def check_state_dtype(state: Any, wanted: DTypeLike | None) -> None:
+def check_state_dtype(state: Array, wanted: DTypeLike | None) -> None:
     """Raises where a state was cast on its way from the caller's cache."""
-    if wanted is None or not hasattr(state, "dtype"):
+    if wanted is None:
         return
-    wanted, got = jnp.dtype(wanted), jnp.dtype(state.dtype)
-    if got != wanted:
+    try:
+        wanted = jnp.dtype(wanted)
+    except TypeError as error:
+        what = "be a dtype or None"
+        raise TypeError(_must("state_dtype", what, repr(wanted))) from error
+    if state.dtype != wanted:
         what = f"be {wanted.name}, which `state_dtype` says"
         hint = (
-            f" Cast it before the call: state.astype(jnp.{wanted.name}); or keep a "
-            "framework's autocast from it. The new state has the dtype of `state`."
+            " Cast it before the call of jax_gdn.decode, "
+            f"state.astype(jnp.{wanted.name}), or keep a framework's autocast from it. "
+            "The new state has the dtype of `state`."
         )
-        raise TypeError(_must("state", what, got.name, hint))
+        raise TypeError(_must("state", what, jnp.dtype(state.dtype).name, hint))
 
 
 def check_settings(settings: Settings) -> None:

@@ -79,9 +79,9 @@ def decode(
 
     Under `jax.vmap` it stays one call, for any arguments but one shared pool. On a mesh
     the split of B and HV is that of the state, and nothing is communicated; a split of
-    K, V or N is gathered. Derivatives, of either mode, are those of the reference:
-    reverse mode keeps the operands, so one state for each call, and about 3 T + 4
-    states more while it differentiates one.
+    K, V, N or L is gathered. Derivatives, of either mode, are those of the reference:
+    reverse mode keeps the operands, so one state for each call (of a stack, all of
+    it), and about 3 T + 4 states more while it differentiates one.
 
     Args:
         q: Queries, [B, T, H, K], float16, bfloat16 or float32.
@@ -159,7 +159,6 @@ def decode(
         known_layer,
     )
     check_settings(settings)
-    check_state_dtype(state, state_dtype)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
     if form == "given":
@@ -170,6 +169,7 @@ def decode(
     others |= {"state_indices": state_indices}
     others |= {"output_state_indices": output_state_indices}
     others = {name: as_array(name, x) for name, x in others.items()}
+    check_state_dtype(others["state"], state_dtype)
     return _decode(settings, Operands(**gates, **others, layer=layer))
 
 

@@ -89,6 +89,7 @@ def slots_of_layer(layer, L, N, slots):
 
     What is outside the layer, or of a layer outside the stack, becomes -1.
     """
+    layer = jnp.asarray(layer, jnp.int32)
     inside = (slots >= 0) & (slots < N) & (layer >= 0) & (layer < L)
     return jnp.where(inside, layer * N + slots, -1)
 

@@ -65,9 +65,12 @@ def listed(stack, rest, v):
 PROGRAMS = [looped, unrolled]
 
 
+XLA = pytest.param("xla", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("pool", [{}, POOL], ids=["dense", "pool"])
-@pytest.mark.parametrize("implementation", ["native", "xla"])
+@pytest.mark.parametrize("implementation", ["native", XLA])
 def test_bits_of_a_list_of_states(program, pool, implementation):
     fixed = {"implementation": implementation}
 
@@ -113,32 +116,49 @@ def test_computed_layer_outside_touches_nothing(layer, implementation):
     np.testing.assert_array_equal(np.asarray(new), np.asarray(stack))
 
 
-@pytest.mark.parametrize("layer", [-1, L])
+@pytest.mark.parametrize(
+    "layer", [-1, L, 2**32 + 1, np.array(-1), np.array(L), np.array(2**32 + 1)]
+)
 def test_known_layer_outside_is_refused(layer):
     stack, rest = arrays_of(CASE)
-    with pytest.raises(ValueError, match=rf"`layer` must be in .* = \[0, {L}\) of `st"):
+    with pytest.raises(ValueError, match=r"`layer` must be in \[0, L\).* of `state`"):
         jax_gdn.decode(**rest, state=stack, layer=layer)
 
 
-@pytest.mark.parametrize(
-    ("layer", "match"),
-    [
-        (True, "`layer` must be an int or an integer scalar; got bool"),
-        ("1", "`layer` must be an int or an integer scalar; got str"),
-        (np.float32(1), "`layer` must be an int or an integer scalar; got float32"),
-        (jnp.float32(1), "`layer` must be int32; got float32"),
-    ],
-)
-def test_layer_of_a_wrong_type(layer, match):
+@pytest.mark.parametrize("layer", [True, "1", np.float32(1), jnp.float32(1)])
+def test_layer_of_a_wrong_type(layer):
     stack, rest = arrays_of(CASE)
-    with pytest.raises(TypeError, match=match):
+    with pytest.raises(TypeError, match="`layer` must be an int or an integer scalar"):
         jax_gdn.decode(**rest, state=stack, layer=layer)
 
 
-def test_stack_without_layer_is_refused():
+def test_several_layers_are_refused():
+    stack, rest = arrays_of(CASE)
+    with pytest.raises(ValueError, match=r"`layer` must have shape \[\]; got \[2\]"):
+        jax_gdn.decode(**rest, state=stack, layer=jnp.zeros(2, jnp.int32))
+
+
+def test_more_slots_than_int32_numbers_are_refused():
+    _, rest = arrays_of(Case(**CASE.__dict__ | POOL))
+    stack = jax.ShapeDtypeStruct((5, 2**30, 4, 64, 64), jnp.float32)
+    for layer in (4, jnp.int32(4)):
+        with pytest.raises(ValueError, match=r"`state` must have states .* int32"):
+            jax.eval_shape(
+                lambda s, i=layer: jax_gdn.decode(**rest, state=s, layer=i), stack
+            )
+
+
+@pytest.mark.parametrize("layers", [2, L])
+def test_stack_without_layer_is_refused(layers):
     stack, rest = arrays_of(CASE)
     with pytest.raises(ValueError, match=r"A stack of layers, .* needs `layer`"):
-        jax_gdn.decode(**rest, state=stack)
+        jax_gdn.decode(**rest, state=stack[:layers])
+
+
+def test_layer_without_a_stack_is_refused():
+    stack, rest = arrays_of(CASE)
+    with pytest.raises(ValueError, match="With `layer` it is a stack of layers"):
+        jax_gdn.decode(**rest, state=stack[0], layer=0)
 
 
 @pytest.mark.parametrize("layer", [np.int64(1), np.array(1), np.array(1, np.uint8)])
@@ -276,7 +296,9 @@ def test_gradient():
 
 
 @pytest.mark.usefixtures("host")
-def test_export():
+@pytest.mark.parametrize("known", [False, True])
+def test_export(known):
+    """With any number of layers; a known one that is beyond is the handler's error."""
     stack, rest = arrays_of(CASE)
     B, N = jax.export.symbolic_shape("B, L")
 
@@ -286,7 +308,7 @@ def test_export():
 
     specs = {name: spec(name, x) for name, x in rest.items()}
     program = jax.export.export(
-        jax.jit(lambda s, r, i: decode(s, r, r["v"], layer=i)),
+        jax.jit(lambda s, r, i: decode(s, r, r["v"], layer=2 if known else i)),
         platforms=("cpu", "cuda"),
         disabled_checks=jax_gdn.DISABLE_JAX_EXPORT_CHECKS,
     )(

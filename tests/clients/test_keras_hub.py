@@ -135,6 +135,10 @@ def test_tokens_of_the_full_forward_pass(model, monkeypatch):
     assert calls(compiled.as_text()) == 3  # of four layers, the last is attention
     assert copies(compiled.as_text(), STACK) == 0
     assert copies(compiled.as_text(), (B, 1, *STACK[2:])) == 0
+    a_layer = caches[2].nbytes // LAYERS
+    kept = sum(x.nbytes for x in caches[:2])  # Keras puts these together anew
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * kept + a_layer
     where = caches[2].unsafe_buffer_pointer()
     for t in range(LENGTH - 1):
         new, caches = compiled(caches, jnp.asarray(made[:, t : t + 1]), jnp.int32(t))
