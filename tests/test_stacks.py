@@ -125,6 +125,17 @@ def test_known_layer_outside_is_refused(layer):
         jax_gdn.decode(**rest, state=stack, layer=layer)
 
 
+def test_negative_layer_of_any_number_of_layers_is_refused():
+    _, rest = arrays_of(CASE)
+    (layers,) = jax.export.symbolic_shape("L")
+    spec = jax.ShapeDtypeStruct((layers, *SHAPE[1:]), jnp.float32)
+    with pytest.raises(ValueError, match="`layer` must be in .*; got -1"):
+        jax.export.export(
+            jax.jit(lambda s: jax_gdn.decode(**rest, state=s, layer=-1)),
+            disabled_checks=jax_gdn.DISABLE_JAX_EXPORT_CHECKS,
+        )(spec)
+
+
 @pytest.mark.parametrize("layer", [True, "1", np.float32(1), jnp.float32(1)])
 def test_layer_of_a_wrong_type(layer):
     stack, rest = arrays_of(CASE)
