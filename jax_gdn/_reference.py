@@ -126,11 +126,18 @@ def _decode_token(S, token, gates_of, use_qk_l2norm):
 def scaled(A_log, x):
     """exp(A_log) * x, at most 128 and at least -128, where a sigmoid is 1 or 0.
 
-    Finite for all finite inputs, with its derivatives: exp(A_log) comes in two steps.
+    Finite for all finite inputs: exp(A_log) comes in two steps. So are its derivatives,
+    which are those of an A_log of at most 60.
     """
-    half = jnp.exp(jnp.where(A_log > 176, 176, A_log) / 2)
-    y = jnp.clip(half * x, -1e37, 1e37)
-    return jnp.clip(half * y, -128, 128)
+
+    def product(limit):
+        half = jnp.exp(jnp.where(A_log > limit, limit, A_log) / 2)
+        y = half * x
+        y = half * jnp.where(jnp.abs(y) < 1e37, y, jnp.where(x < 0, -1e37, 1e37))
+        return jnp.where(jnp.abs(y) < 128, y, jnp.where(x < 0, -128.0, 128.0))
+
+    smooth = product(60)
+    return smooth + lax.stop_gradient(product(176) - smooth)
 
 
 def decay_rate(A_log, x):

@@ -70,30 +70,43 @@ def test_given_gates_are_those_of_the_logits(form, per_channel, implementation):
         np.testing.assert_allclose(x, y, rtol=0, atol=allowed)
 
 
-@pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("g", [0.0, -1e30, -np.inf])
-@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_derivatives_at_the_extremes_are_finite(g, beta):
-    arrays = arrays_of(Case(**SMALL, given=True, g_value=g, beta_value=beta))
+def heads_of(*values) -> list[np.ndarray]:
+    """All combinations, one a head."""
+    return [np.ravel(x) for x in np.meshgrid(*map(np.float32, values))]
 
-    def results(arrays):
-        return jax_gdn.decode(**arrays)
 
+def derivatives(results, arrays):
+    """Yields what reverse and forward mode give, by name."""
     ones = jax.tree.map(jnp.ones_like, arrays)
-    gradient = jax.grad(lambda x: sum(jnp.sum(y) for y in results(x)))(arrays)
-    tangents = jax.jvp(results, (arrays,), (ones,))[1]
-    for name, x in [*gradient.items(), *zip(("out", "state"), tangents, strict=True)]:
+    yield from jax.grad(lambda x: sum(jnp.sum(y) for y in results(x)))(arrays).items()
+    yield from zip(
+        ("out", "state"), jax.jvp(results, (arrays,), (ones,))[1], strict=True
+    )
+
+
+@pytest.mark.usefixtures("host")
+def test_derivatives_at_the_extremes_are_finite():
+    g, beta = heads_of([0, -1e30, -np.inf], [0, 1, 2])
+    arrays = arrays_of(Case(**SMALL | {"H": 1, "HV": 9}, given=True))
+    arrays |= {"g": jnp.broadcast_to(g, (2, 3, 9))}
+    arrays |= {"beta": jnp.broadcast_to(beta, (2, 3, 9))}
+    for name, x in derivatives(lambda x: jax_gdn.decode(**x), arrays):
         assert np.isfinite(np.asarray(x)).all(), name
 
 
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("A_log", [-3e38, -104.0, 0.0, 88.5, 177.0, 3e38])
-@pytest.mark.parametrize("x", [-3e38, -1.0, -2e-38, 0.0, 2e-38, 1.0, 3e38])
 @pytest.mark.parametrize("implementation", ["native", "xla"])
-def test_a_bounded_decay_of_any_size(A_log, x, implementation):
+def test_a_bounded_decay_of_any_size(implementation):
     """No finite A_log and a give NaN; exp(A_log) may be infinite where a is 0."""
-    case = Case(**SMALL | {"T": 1}, lower_bound=-5.0, x=x, A_log_value=A_log)
-    arrays = arrays_of(case)
+    A_log, x = heads_of(
+        [-3e38, -104, 0, 88.5, 177, 3e38], [-3e38, -1, -2e-38, 0, 2e-38, 1, 3e38]
+    )
+    HV = len(x)
+    case = Case(**SMALL | {"B": 1, "T": 1, "H": 1, "HV": HV}, lower_bound=-5.0, x=0.0)
+    arrays = arrays_of(case) | {
+        "A_log": jnp.array(A_log),
+        "a": jnp.array(x)[None, None],
+    }
     arrays["k"] = jnp.zeros_like(arrays["k"])
     arrays["state"] = jnp.ones_like(arrays["state"])
 
@@ -102,13 +115,15 @@ def test_a_bounded_decay_of_any_size(A_log, x, implementation):
 
     # With k = 0 and a state of ones, the decay is what is left. The product is known
     # to 2^-22 of itself, of which sigmoid keeps at most 0.28, and exp(g) 5 times that.
-    product = np.sign(x) * np.exp(np.minimum(A_log + np.log(abs(x)), 700)) if x else 0.0
-    decay = np.exp(-5.0 * np.exp(-np.logaddexp(0.0, -product)))
+    with np.errstate(divide="ignore"):
+        log = np.float64(A_log) + np.log(np.abs(np.float64(x)))
+    product = np.sign(x) * np.exp(np.minimum(log, 700))
+    decay = np.exp(-5.0 * np.exp(-np.logaddexp(0.0, -product)))[None, :, None, None]
     state = np.asarray(jax.jit(results)(arrays)[1])
+    decay = np.broadcast_to(decay, state.shape)
     np.testing.assert_allclose(state, decay, rtol=0, atol=2e-6)
-    gradient = jax.grad(lambda x: sum(jnp.sum(y) for y in results(x)))(arrays)
-    for name, y in gradient.items():  # exp(A_log) / 4 times the rest, where x is 0
-        assert not np.isnan(np.asarray(y)).any(), name
+    for name, y in derivatives(results, arrays):
+        assert np.isfinite(np.asarray(y)).all(), name
 
 
 @pytest.mark.usefixtures("host")

@@ -129,7 +129,7 @@ def test_negative_layer_of_any_number_of_layers_is_refused():
     _, rest = arrays_of(CASE)
     (layers,) = jax.export.symbolic_shape("L")
     spec = jax.ShapeDtypeStruct((layers, *SHAPE[1:]), jnp.float32)
-    with pytest.raises(ValueError, match="`layer` must be in .*; got -1"):
+    with pytest.raises(ValueError, match=r"`layer` must be in .*; got -1"):
         jax.export.export(
             jax.jit(lambda s: jax_gdn.decode(**rest, state=s, layer=-1)),
             disabled_checks=jax_gdn.DISABLE_JAX_EXPORT_CHECKS,
