@@ -173,6 +173,7 @@ def decode(
     kernel: str | None = None,
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
+    layer: int = -1,
     edit: Callable[[str], str] | None = None,
     edit_plan: Callable[[dict], dict] = lambda plan: plan,
     approximate_by: float = 0,
@@ -185,9 +186,16 @@ def decode(
     the planned one. `edit` changes the kernel's PTX and `edit_plan` its launch, to
     plant defects. `blocks` are those to run, by number; all of them by default.
     """
-    arrays = dict(inputs)
+    arrays, states = dict(inputs), inputs["state"]
     arrays["out"] = np.zeros(inputs["v"].shape, out_dtype or inputs["q"].dtype)
-    read, written = touched_slots(inputs)
+    if layer < 0:
+        read, written = touched_slots(inputs)
+    else:  # in memory a stack is one pool, of which the call touches a layer's part
+        L, N = states.shape[:2]
+        arrays["state"] = states.reshape(L * N, *states.shape[2:])
+        masks = np.zeros((2, L, N), bool)
+        masks[:, layer] = touched_slots(inputs | {"state": states[layer]})
+        read, written = masks.reshape(2, L * N)
     initialised = {"out": False, "state": read}
     buffers = [
         Buffer(
@@ -195,21 +203,24 @@ def decode(
         )
         for number, (name, array) in enumerate(arrays.items())
     ]
+    shapes = {name: list(x.shape) for name, x in arrays.items()}
+    shapes["state"] = list(states.shape)
     plan = plan_decode(
-        {b.name: (b.address, str(b.data.dtype), list(b.data.shape)) for b in buffers},
+        {b.name: (b.address, str(b.data.dtype), shapes[b.name]) for b in buffers},
         scale=inputs["q"].shape[-1] ** -0.5 if scale is None else scale,
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
         kernel=kernel,
         lower_bound=lower_bound,
         allow_neg_eigval=allow_neg_eigval,
+        layer=layer,
     )
     program = None
     if edit is not None:
         text = edit(module.binary().entries[plan["symbol"]])
         program = Program(parse(text)[plan["symbol"]])
     whole = {"out": np.ones(len(inputs["q"]), bool), "state": written}
-    return run_plan(
+    result = run_plan(
         edit_plan(plan),
         buffers,
         written=whole if blocks is None else None,
@@ -217,6 +228,8 @@ def decode(
         approximate_by=approximate_by,
         blocks=blocks,
     )
+    result.arrays["state"] = result.arrays["state"].reshape(states.shape)
+    return result
 
 
 def run(case: Case, **options) -> Result:
