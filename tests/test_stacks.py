@@ -306,6 +306,7 @@ def test_gradient():
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()))
 
 
+@pytest.mark.cuda_build
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("known", [False, True])
 def test_export(known):
