@@ -1,6 +1,5 @@
 """The checks of `decode`, every one before anything runs, and `check_slots`."""
 
-import math
 import numbers
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -154,23 +153,25 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
             what = f"be {' or '.join(dtypes)}"
             raise TypeError(_must(name, what, dtype, _dtype_hint(name, dtypes, x)))
         _check_sizes(name, axes, sizes)
-    layer, L = settings.layer, sizes.get("L", 0)
-    # The handler checks a symbolic L, when it has a value.
-    if layer is not None and not export.is_symbolic_dim(L) and not 0 <= layer < L:
-        raise ValueError(_must("layer", f"be in [0, L) = [0, {L}) of `state`", layer))
-    many = [sizes[axis] for axis in ("L", "N") if axis in sizes]
-    known = not any(export.is_symbolic_dim(size) for size in many)
-    if "L" in sizes and known:
-        slots = math.prod(many) if "N" in sizes else L * sizes["B"]
-        if not export.is_symbolic_dim(slots) and slots > np.iinfo(np.int32).max:
-            what = "have states in all layers that int32 can number"
-            raise ValueError(_must("state", what, slots))
+    if "L" in sizes:
+        _check_stack(settings.layer, sizes["L"], sizes.get("N", sizes["B"]))
     if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
             "jax_gdn: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
         )
     return Operands(**result)
+
+
+def _check_stack(layer: int | None, L: int, N: int) -> None:
+    """Raises where a known layer is outside, or a slot has no int32 number."""
+    # The handler checks a symbolic L, when it has a value.
+    if layer is not None and not export.is_symbolic_dim(L) and not 0 <= layer < L:
+        raise ValueError(_must("layer", f"be in [0, L) = [0, {L}) of `state`", layer))
+    slots = L * N
+    if not export.is_symbolic_dim(slots) and slots > np.iinfo(np.int32).max:
+        what = "have states in all layers that int32 can number"
+        raise ValueError(_must("state", what, slots))
 
 
 def _state_hint(axes: Sequence[str], shape: Sequence[int], sizes: Mapping) -> str:
