@@ -1,8 +1,8 @@
 """float32 as PTX defines it, over NumPy arrays.
 
-Exact, bit for bit: `add`, `mul`, `fma` in every rounding here, conversions, `minimum`
-and `maximum`. A NaN that arithmetic makes is 0x7fffffff. Subnormals are kept, as PTX
-does without .ftz.
+Exact, bit for bit: `add`, `sub`, `mul`, `fma` in every rounding here, conversions and
+`maximum`. A NaN that arithmetic makes is 0x7fffffff. Subnormals are kept, as PTX does
+without .ftz.
 
 Bounded: `ex2`, `rsqrt` and `div` of .approx. PTX ISA 9.0 gives each a largest error;
 the machine returns the correctly rounded result, moved by `approximate_by` (-1 to 1)
@@ -34,6 +34,11 @@ def canonical(x: np.ndarray) -> np.ndarray:
 def add(a, b):
     """add.f32, rounded to nearest even."""
     return canonical(a + b)
+
+
+def sub(a, b):
+    """sub.f32, rounded to nearest even."""
+    return canonical(a - b)
 
 
 def mul(a, b):

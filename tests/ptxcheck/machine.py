@@ -8,23 +8,25 @@ on this order, except how warps that diverged are counted.
 bar.sync waits for every thread of the block, or as many as it names, at the same
 instruction; one that has ended or stands elsewhere is a defect. Where a named barrier
 is one of the whole block, some may have come to it by bar.arrive, after which they
-touch no shared memory until it passes. shfl.sync and bar.warp.sync wait for the lanes
-of their mask.
+touch no shared memory until it passes. What a warp does together waits likewise for
+its lanes.
 """
 
 from __future__ import annotations
 
+import functools as ft
+
 import numpy as np
 
-from . import fault
+from . import fault, warps
 from .counters import Counters
 from .lanes import WARP, Lanes, Launch, Site
 from .memory import GlobalMemory, SharedMemory
-from .parser import Instruction, Vector
-from .program import SHUFFLES, Program, unknown
+from .parser import Instruction
+from .program import Program, unknown
 
 BATCH_THREADS = 8192  # together; more fall out of the cache
-WAITING = ("bar.sync", "bar.warp.sync", *SHUFFLES)  # count when they pass
+WAITING = ("bar.sync", *warps.CONTROLS)  # count when they pass
 MAX_STEPS = 1_000_000  # of a batch, before it is taken for endless
 
 
@@ -100,8 +102,7 @@ class Batch:
             "ret": lambda pc, lanes: None,
             "bar.sync": self._barrier,
             "bar.arrive": self._arrive,
-            "bar.warp.sync": self._warp_barrier,
-            **dict.fromkeys(SHUFFLES, self._shuffle),
+            **{name: ft.partial(run, self) for name, run in warps.CONTROLS.items()},
         }
 
     def _special(self, first_block: int) -> dict[str, np.ndarray]:
@@ -180,7 +181,7 @@ class Batch:
             pc = min(self.ready)
             self._advance(pc, self.ready.pop(pc))
 
-    def _join(self, groups: dict[int, Lanes], pc: int, lanes: Lanes) -> None:
+    def join(self, groups: dict[int, Lanes], pc: int, lanes: Lanes) -> None:
         if len(lanes) == 0:
             return
         if pc in groups:
@@ -188,7 +189,7 @@ class Batch:
             lanes = Lanes(both, self.count)
         groups[pc] = lanes
 
-    def _subset(self, lanes: Lanes, chosen: np.ndarray) -> Lanes:
+    def subset(self, lanes: Lanes, chosen: np.ndarray) -> Lanes:
         return lanes if chosen.all() else Lanes(lanes.index[chosen], self.count)
 
     def _advance(self, pc: int, lanes: Lanes) -> None:
@@ -208,13 +209,13 @@ class Batch:
             executed[pc] += lanes.warps
             active = lanes
             if self.code[pc].guard is not None:
-                active = self._subset(lanes, self._guarded(pc, lanes))
+                active = self.subset(lanes, self._guarded(pc, lanes))
             if len(active):
                 step(self, active)
             pc += 1
         if pc == len(self.code):
             raise self.launch.fault(fault.RUNAWAY, "it has no ret at its end")
-        self._join(self.ready, pc, lanes)
+        self.join(self.ready, pc, lanes)
 
     def _guarded(self, pc: int, lanes: Lanes) -> np.ndarray:
         """Which of the threads an instruction's guard lets through."""
@@ -229,14 +230,14 @@ class Batch:
         chosen = self._guarded(pc, lanes)
         if self.code[pc].opcode not in WAITING:
             self.counters.executed[pc] += lanes.warps
-        self._join(self.ready, pc + 1, self._subset(lanes, ~chosen))
-        active = self._subset(lanes, chosen)
+        self.join(self.ready, pc + 1, self.subset(lanes, ~chosen))
+        active = self.subset(lanes, chosen)
         if len(active):
             self.controls[self.code[pc].opcode](pc, active)
 
     def _branch(self, pc: int, lanes: Lanes) -> None:
         target = self.program.kernel.labels[self.code[pc].operands[0].name]
-        self._join(self.ready, target, lanes)
+        self.join(self.ready, target, lanes)
 
     def _barrier_of(self, pc: int) -> tuple[int, int]:
         """Number and threads: 0 is of the whole block, others say whose they are."""
@@ -249,7 +250,7 @@ class Batch:
 
     def _barrier(self, pc: int, lanes: Lanes) -> None:
         self._barrier_of(pc)
-        self._join(self.waiting, pc, lanes)
+        self.join(self.waiting, pc, lanes)
 
     def _arrive(self, pc: int, lanes: Lanes) -> None:
         number, threads = self._barrier_of(pc)
@@ -258,7 +259,7 @@ class Batch:
         self._require_not_apart(pc, lanes)
         self.arrived[lanes.index] = number
         self.apart[lanes.index] = True
-        self._join(self.ready, pc + 1, lanes)
+        self.join(self.ready, pc + 1, lanes)
 
     def _require_not_apart(self, pc: int, lanes: Lanes) -> None:
         if self.apart[lanes.index].any():
@@ -306,11 +307,11 @@ class Batch:
     def _pass(self, pc: int, lanes: Lanes, chosen: np.ndarray) -> None:
         """Moves waiting threads on to the next instruction."""
         del self.waiting[pc]
-        through = self._subset(lanes, chosen)
+        through = self.subset(lanes, chosen)
         self.counters.executed[pc] += through.warps
-        self._join(self.ready, pc + 1, through)
+        self.join(self.ready, pc + 1, through)
         if not chosen.all():
-            self.waiting[pc] = self._subset(lanes, ~chosen)
+            self.waiting[pc] = self.subset(lanes, ~chosen)
 
     def _stuck(self) -> fault.FaultError:
         """What keeps the first block that waits from going on."""
@@ -329,70 +330,3 @@ class Batch:
         if len(missing):
             detail = f"{len(missing)} threads missing, first {missing[0] % threads}"
         return self.launch.fault(kind, detail, first + self.first_thread, self.code[pc])
-
-    def _meet(self, pc: int, lanes: Lanes, mask_operand) -> Lanes | None:
-        """The threads whose warp is complete by their masks; the others wait."""
-        if pc in self.waiting:
-            self._join(self.waiting, pc, lanes)
-            lanes = self.waiting.pop(pc)
-        mask = np.broadcast_to(
-            self.program.compiler.getter(mask_operand, "b32")(self, lanes), len(lanes)
-        )
-        here = np.zeros(lanes.warps, np.uint32)
-        np.bitwise_or.at(here, lanes.row, np.uint32(1) << lanes.lane.astype(np.uint32))
-        outside = (mask >> lanes.lane.astype(np.uint32)) & 1 == 0
-        self.site(self.code[pc], lanes).raise_if(
-            outside, fault.WARP_SYNC, detail="executed by a lane outside its mask"
-        )
-        complete = mask & ~here[lanes.row] == 0
-        if not complete.all():
-            self.waiting[pc] = self._subset(lanes, ~complete)
-        lanes = self._subset(lanes, complete)
-        if len(lanes) == 0:
-            return None
-        self.counters.executed[pc] += lanes.warps
-        self._join(self.ready, pc + 1, lanes)
-        return lanes
-
-    def _warp_barrier(self, pc: int, lanes: Lanes) -> None:
-        (mask,) = self.code[pc].operands
-        met = self._meet(pc, lanes, mask)
-        if met is not None:
-            if len(met) != met.warps * WARP:  # a part of a warp
-                raise unknown(self.code[pc])
-            self.shared.warp_barrier(met.first_of_warp // WARP)
-
-    def _shuffle(self, pc: int, lanes: Lanes) -> None:
-        """Each lane takes the value of lane ^ b (bfly) or b (idx) of its segment."""
-        target, value, offset, clamp, mask = self.code[pc].operands
-        met = self._meet(pc, lanes, mask)
-        if met is None:
-            return
-        lanes = met
-        compiler = self.program.compiler
-        value, offset, clamp = (
-            np.broadcast_to(
-                compiler.getter(operand, "b32")(self, lanes), len(lanes)
-            ).astype(np.uint32)
-            for operand in (value, offset, clamp)
-        )
-        lane = lanes.lane.astype(np.uint32)
-        segment = (clamp >> np.uint32(8)) & np.uint32(31)
-        last = (lane & segment) | (clamp & np.uint32(31) & ~segment)
-        offset &= np.uint32(31)
-        if self.code[pc].opcode == "shfl.sync.idx.b32":
-            source = (lane & segment) | (offset & ~segment)
-        else:
-            source = lane ^ offset
-        in_range = source <= last
-        source = np.where(in_range, source, lane)
-        present = lanes.by_warp(np.ones(len(lanes), bool), False)
-        self.site(self.code[pc], lanes).raise_if(
-            ~present[lanes.row, source],
-            fault.WARP_SYNC,
-            detail="takes the value of a lane that does not take part",
-        )
-        shuffled = lanes.by_warp(value, 0)[lanes.row, source]
-        results = target.items if isinstance(target, Vector) else (target,)
-        for item, result in zip(results, (shuffled, in_range), strict=False):
-            compiler.setter(item)(self, lanes, result)

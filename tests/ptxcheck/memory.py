@@ -53,8 +53,8 @@ def _descending(index: np.ndarray, values: np.ndarray, into: np.ndarray) -> None
 class Buffer:
     """An operand: `data` as bytes, at an address.
 
-    Results hold nothing at first; of a pool, only the rows (of the first axis) that
-    `is_initialised` names do.
+    Results hold nothing at first; of others, what `is_initialised` says, a mask of the
+    first axes.
     """
 
     name: str
@@ -83,7 +83,7 @@ class GlobalMemory:
         self.initialised = np.zeros(self.bases[-1], bool)
         for buffer, place, size in zip(self.buffers, self.places, sizes, strict=True):
             self.arena[place : place + size] = buffer.data.reshape(-1).view(np.uint8)
-            known = np.atleast_1d(buffer.is_initialised)
+            known = np.ravel(buffer.is_initialised)
             self.initialised[place : place + size] = np.repeat(
                 known, size // max(1, len(known))
             )

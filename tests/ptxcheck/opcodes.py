@@ -134,6 +134,7 @@ def _special(name: str, count: int, compute) -> tuple[str, Operation]:
 OPERATIONS: dict[str, Operation] = dict(
     [
         _float("add.f32", 2, floats.add),
+        _float("sub.f32", 2, floats.sub),
         _float("mul.f32", 2, floats.mul),
         _float("fma.rn.f32", 3, floats.fma),
         _float("fma.rm.f32", 3, floats.fma_rm),
@@ -144,19 +145,23 @@ OPERATIONS: dict[str, Operation] = dict(
         _special("rsqrt.approx.f32", 1, floats.rsqrt),
         _special("div.approx.f32", 2, floats.div),
         *(_integer(name, operator.add) for name in ("add.s32", "add.s64")),
-        _integer("sub.s64", operator.sub),
+        *(_integer(name, operator.sub) for name in ("sub.s32", "sub.s64")),
         _integer("max.s64", np.maximum),
         *(_integer(name, operator.mul) for name in ("mul.lo.s32", "mul.lo.s64")),
         # By zero, what PTX leaves open is 0.
         _integer("div.u32", operator.floordiv),
         _integer("rem.u32", operator.mod),
-        ("neg.s64", Operation("s64", ("s64",), operator.neg, "integer")),
+        *(
+            (f"neg.{kind}", Operation(kind, (kind,), operator.neg, "integer"))
+            for kind in ("s32", "s64")
+        ),
         *(
             _integer(f"and.{kind}", operator.and_)
             for kind in ("b16", "b32", "b64", "pred")
         ),
         *(_integer(name, operator.or_) for name in ("or.b32", "or.b64", "or.pred")),
         _integer("xor.pred", operator.xor),
+        ("not.pred", Operation("pred", ("pred",), operator.invert, "integer")),
         ("mad.lo.s32", Operation("s32", ("s32",) * 3, _multiply_add, "integer")),
         *(_shift(name, _shift_left) for name in ("shl.b32", "shl.b64")),
         *(
@@ -182,8 +187,11 @@ OPERATIONS: dict[str, Operation] = dict(
             _compare(f"setp.gt.{kind}", operator.gt)
             for kind in ("s32", "u32", "s64", "f32")
         ),
-        *(_compare(f"setp.ge.{kind}", operator.ge) for kind in ("u32", "s64", "f32")),
-        _compare("setp.le.s64", operator.le),
+        *(
+            _compare(f"setp.ge.{kind}", operator.ge)
+            for kind in ("s32", "u32", "s64", "f32")
+        ),
+        *(_compare(f"setp.le.{kind}", operator.le) for kind in ("s32", "s64")),
         _compare("setp.ltu.f32", lambda a, b: ~(a >= b)),  # true of NaN, too
         *(
             (f"selp.{kind}", Operation(kind, (kind, kind, "pred"), _select, "integer"))

@@ -38,6 +38,7 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
     "ld.shared": "shared",
     "st.shared": "shared",
     "shfl": "shuffle",
+    "mma": "tensor",
     "bar": "control",
     "nanosleep": "control",
     "cp": "control",
@@ -47,10 +48,11 @@ CLASSES = {  # of the instructions that OPERATIONS leaves out
     "cvta": "move",
 }
 SHUFFLES = ("shfl.sync.bfly.b32", "shfl.sync.idx.b32")
+MULTIPLY = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 BARRIERS = ("bar.sync", "bar.arrive", "bar.warp.sync")
 PREFETCH = "cp.async.bulk.prefetch.L2.global"
 SLEEP = "nanosleep.u32"
-CONTROL = ("bra", "bra.uni", "ret", *BARRIERS, *SHUFFLES)
+CONTROL = ("bra", "bra.uni", "ret", *BARRIERS, *SHUFFLES, MULTIPLY)
 
 MOVES = ("mov.u16", "mov.b32", "mov.b64", "mov.u32", "mov.u64", "mov.f32", "mov.pred")
 

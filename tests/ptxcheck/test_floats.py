@@ -111,6 +111,16 @@ def test_fma_of_any_numbers(a, b, c):
         assert_same_bits(floats.fma(*arrays), [exact])
 
 
+def test_difference():
+    a, b, _ = next(triples())
+    exact = [
+        round_exact(Fraction(float(x)) - Fraction(float(y)), "n")
+        for x, y in zip(a, b, strict=True)
+    ]
+    with np.errstate(all="ignore"):
+        assert_same_bits(floats.sub(a, b), exact)
+
+
 def test_signs_of_zero():
     zero, one = np.array([0.0], F32), np.array([1.0], F32)
     assert not np.signbit(floats.fma(one, one, -one))[0]
@@ -127,6 +137,7 @@ def test_infinities_and_nan():
     with np.errstate(all="ignore"):
         made = [
             floats.add(inf, -inf),
+            floats.sub(inf, inf),
             floats.mul(inf, 0 * one),
             floats.fma(inf, one, -inf),
             floats.fma_rm(nan, one, one),

@@ -46,6 +46,7 @@ def wrapped(values, kind: str) -> list[int]:
 EXPECTED = {
     "add.s32": operator.add,
     "add.s64": operator.add,
+    "sub.s32": operator.sub,
     "sub.s64": operator.sub,
     "max.s64": max,
     "div.u32": lambda a, b: a // b if b else 0,
@@ -81,8 +82,10 @@ EXPECTED = {
     "setp.gt.s32": operator.gt,
     "setp.gt.u32": operator.gt,
     "setp.gt.s64": operator.gt,
+    "setp.ge.s32": operator.ge,
     "setp.ge.u32": operator.ge,
     "setp.ge.s64": operator.ge,
+    "setp.le.s32": operator.le,
     "setp.le.s64": operator.le,
 }
 
@@ -102,7 +105,8 @@ def test_integers(opcode):
 
 
 def test_every_integer_operation_is_tested():
-    tested_elsewhere = {"prmt.b32", "bfi.b32", "mad.lo.s32", "neg.s64"}
+    tested_elsewhere = {"prmt.b32", "bfi.b32", "mad.lo.s32"}
+    tested_elsewhere |= {"neg.s32", "neg.s64", "not.pred"}
     tested_elsewhere |= {f"selp.{kind}" for kind in ("b32", "b64", "f32")}
     tested_elsewhere |= {"and.pred", "or.pred", "xor.pred"}
     tested_elsewhere |= {"setp.ge.f32", "setp.gt.f32", "setp.ltu.f32"}
@@ -148,6 +152,7 @@ def test_predicates():
     both = (OPERATIONS[f"{name}.pred"].compute(a, b).tolist() for name in ("and", "or"))
     assert list(both) == [[False, False, False, True], [False, True, True, True]]
     assert OPERATIONS["xor.pred"].compute(a, b).tolist() == [False, True, True, False]
+    assert OPERATIONS["not.pred"].compute(a).tolist() == [True, False, True, False]
 
 
 def test_multiply_add_wraps():
@@ -197,6 +202,8 @@ def test_nan_compares_as_the_opcode_says():
         ("cvt.u32.u16", 0xFFFF, 0xFFFF),
         ("cvt.u32.u64", 0x1_0000_0005, 5),
         ("cvt.u64.u32", 0xFFFFFFFF, 0xFFFFFFFF),
+        ("neg.s32", -5, 5),
+        ("neg.s32", -(1 << 31), -(1 << 31)),
         ("neg.s64", -5, 5),
         ("cvt.s64.s32", -5, -5),
         ("cvt.sat.f32.f32", -3.0, 0),
@@ -236,6 +243,7 @@ def test_registers_larger_than_the_type_that_is_loaded():
         "st.param.u32 [%rd1], %r6;",
         "shfl.sync.down.b32 %r6, %r6, 1, 31, -1;",
         "barrier.sync 0;",
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1}, {%r6};",
         "atom.global.add.u32 %r6, [%rd1], 1;",
         "cvt.rz.f32.s32 %f1, %r6;",
         "membar.gl;",
