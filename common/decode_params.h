@@ -33,6 +33,21 @@ struct Output {
   DType dtype;
 };
 
+// The tokens that `decode_deferred` has not written into the states yet: of each slot a
+// ring of R entries, of which those from `first` on, `count` of them, are pending.
+//
+//     S  =  (product of all decays) S_0  +  sum over the entries of
+//           (product of the decays after it) k u^T
+struct Pending {
+  void* k;       // [N, H, R, K], as it came, of k's dtype; null: none in this call
+  float* u;      // [N, HV, R, V], with the factor that normalises k
+  float* decay;  // [N, HV, R], exp(g)
+  const int32_t* cursors;  // [N, 2]: first, count
+  const int32_t* fold;     // [B], not 0: write all that is pending; null: none
+  int32_t R;
+  int32_t window;  // more than these are never pending before a call
+};
+
 // What a kernel needs first comes first: on a GPU every 64 bytes of it are brought on
 // their own.
 struct DecodeParams {
@@ -61,8 +76,7 @@ struct DecodeParams {
   bool snapshots;      // the state is written after every token
   GateForm gates;
   float lower_bound, beta_scale;
-  int32_t layer,
-      layers;  // of a stack, which state and new_state are a layer of; or 0, 1
+  Pending pending;
 };
 
 inline constexpr float kNormEpsilon = 1e-6f;

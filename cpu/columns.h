@@ -20,27 +20,40 @@ class Columns {
   Columns(const StateJob& job, int32_t j)
       : K_(job.K), V_(job.V), j_(j), tile_(job.tile) {}
 
-  // The first token's sums. kKeeps: the entries go into the tile as well.
-  template <DType kType, bool kKeeps>
-  void Sum(const void* state, const Token& token, Prefetcher& fetch) {
-    const float *const dk = token.decayed_k, *const dq = token.decayed_q;
+  // The sums of a token that is the first, or that changes nothing.
+  template <DType kType, Source kSource>
+  void Sum(const void* state, const float* k, const float* q, Prefetcher& fetch) {
+    constexpr bool kKept = kSource == Source::kTile;
+    constexpr DType kFrom = kKept ? kFloat : kType;
     float* const tile = tile_;
-    const int32_t K = K_, V = V_, j = j_;
+    const void* const source = kKept ? tile : state;
+    const int32_t K = K_;
+    const int64_t stride = kKept ? kSize : V_, first = kKept ? 0 : j_;
     Prefetcher ahead = fetch;
     F p[kVectors] = {}, r[kVectors] = {};
     for (int32_t i = 0; i < K; ++i) {
-      const int64_t at = int64_t{i} * V + j;
+      const int64_t at = i * stride + first;
       ahead.Fetch(kSize);
-      const F dk_i = Fill<N>(dk[i]), dq_i = Fill<N>(dq[i]);
+      const F k_i = Fill<N>(k[i]), q_i = Fill<N>(q[i]);
       for (int c = 0; c < kVectors; ++c) {
-        const F s = Load<kType, N>(state, at + c * N);
-        if (kKeeps) Store<kFloat, N>(tile, int64_t{i} * kSize + c * N, s);
-        p[c] += dk_i * s;
-        r[c] += dq_i * s;
+        const F s = Load<kFrom, N>(source, at + c * N);
+        if (kSource == Source::kStateToTile) {
+          Store<kFloat, N>(tile, int64_t{i} * kSize + c * N, s);
+        }
+        p[c] += k_i * s;
+        r[c] += q_i * s;
       }
     }
     Keep(p, r);
     fetch = ahead;
+  }
+
+  // Hands the sums over.
+  void Put(const Query& x) const {
+    for (int c = 0; c < kVectors; ++c) {
+      Store<kFloat, N>(x.p, j_ + c * N, p_[c]);
+      Store<kFloat, N>(x.r, j_ + c * N, r_[c]);
+    }
   }
 
   // A token's u and its output.
@@ -106,8 +119,38 @@ class Columns {
     fetch = ahead;
   }
 
+  // Folds into what the tile has: several rows at once, which share what is loaded.
+  template <DType kType>
+  void FoldTile(const Fold& fold, Prefetcher& fetch) const {
+    constexpr int kRows = 4;
+    int32_t i = 0;
+    for (; i + kRows <= K_; i += kRows) FoldRows<kType, kRows>(fold, i, fetch);
+    for (; i < K_; ++i) FoldRows<kType, 1>(fold, i, fetch);
+  }
+
  private:
   using F = typename Lanes<N>::F;
+
+  template <DType kType, int kRows>
+  void FoldRows(const Fold& fold, int32_t i, Prefetcher& fetch) const {
+    fetch.Fetch(kRows * kSize);
+    F s[kRows][kVectors];
+    for (int n = 0; n < kRows; ++n) {
+      for (int c = 0; c < kVectors; ++c) {
+        s[n][c] = fold.decay * Load<kFloat, N>(tile_, (i + n) * kSize + c * N);
+      }
+    }
+    const float *k = fold.k + i, *u = fold.u + j_;
+    for (int32_t x = 0; x < fold.count; ++x, k += K_, u += V_) {
+      for (int c = 0; c < kVectors; ++c) {
+        const F u_c = Load<kFloat, N>(u, c * N);
+        for (int n = 0; n < kRows; ++n) s[n][c] += Fill<N>(k[n]) * u_c;
+      }
+    }
+    for (int n = 0; n < kRows; ++n) {
+      StoreAll<kType, N>(fold.to, int64_t{i + n} * V_ + j_, N, s[n]);
+    }
+  }
 
   void Keep(const F (&p)[kVectors], const F (&r)[kVectors]) {
     for (int c = 0; c < kVectors; ++c) {

@@ -7,11 +7,12 @@ namespace jax_gdn {
 
 #define JAX_GDN_DECLARE(isa)                                                      \
   namespace isa {                                                                 \
-  void Decode(const StateJob& job);                                               \
+  void Decode(const DecodeJob& job);                                              \
+  void RunQueries(const QueryJob& job);                                           \
   void Widen(const Input& x, int64_t first, int64_t count, float* values);        \
   void Round(const float* values, int64_t first, int64_t count, const Output& x); \
   float Dot(const float* x, const float* y, int32_t size);                        \
-  constexpr Kernels kKernels = {#isa, Decode, Widen, Round, Dot};                 \
+  constexpr Kernels kKernels = {#isa, Decode, RunQueries, Widen, Round, Dot};     \
   }
 JAX_GDN_DECLARE(plain)
 #ifdef JAX_GDN_X86

@@ -22,11 +22,12 @@ constexpr DType kFloat = DType::kFloat32;
 // Prefetches memory while there is arithmetic to do, evenly over all of it.
 class Prefetcher {
  public:
-  // `visits`: entries of a state that are passed over in the meantime.
+  // `visits`: entries of a state that are passed over in the meantime. Null `data`:
+  // there is nothing to prefetch.
   Prefetcher(const void* data, int64_t bytes, int64_t visits)
       : at_(static_cast<const char*>(data)),
         end_(at_ == nullptr ? at_ : at_ + bytes),
-        visits_per_line_(kLine * visits / bytes) {}
+        visits_per_line_(at_ == nullptr ? 1 : kLine * visits / bytes) {}
 
   // To be called with every entry that is passed over.
   void Fetch(int64_t visits) {
@@ -43,6 +44,13 @@ class Prefetcher {
   const char* end_;
   int64_t visits_per_line_;
   int64_t visits_ = 0;
+};
+
+// Where a pass has the entries of a part from.
+enum class Source {
+  kState,        // which is in memory
+  kStateToTile,  // likewise; they go into the tile as well
+  kTile,         // which an earlier pass has filled
 };
 
 // An entry after a token. Written once: what several tokens of a call leave must be,

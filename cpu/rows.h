@@ -52,13 +52,17 @@ class Rows {
   static constexpr int32_t kSize = kRows;
 
   Rows(const StateJob& job, int32_t j, float* tile)
-      : K_(job.K), whole_(K_ - K_ % kLanes), j_(j), tile_(tile) {}
+      : K_(job.K), V_(job.V), whole_(K_ - K_ % kLanes), j_(j), tile_(tile) {}
   Rows(const StateJob& job, int32_t j) : Rows(job, j, job.tile) {}
 
-  template <DType kType, bool kKeeps>
-  [[gnu::noinline]] void Sum(const void* state, const Token& token, Prefetcher& fetch) {
-    const float *const dk = token.decayed_k, *const dq = token.decayed_q;
+  // The sums of a token that is the first, or that changes nothing.
+  template <DType kType, Source kSource>
+  [[gnu::noinline]] void Sum(const void* state, const float* k, const float* q,
+                             Prefetcher& fetch) {
+    constexpr bool kKept = kSource == Source::kTile;
+    constexpr DType kFrom = kKept ? kFloat : kType;
     float* const tile = tile_;
+    const void* const source = kKept ? tile : state;
     const int32_t K = K_, whole = whole_;
     const int64_t first = int64_t{j_} * K;
     Prefetcher ahead = fetch;
@@ -66,14 +70,17 @@ class Rows {
 #pragma GCC unroll 16
     for (F& sum : sums) sum = F{};
     for (int32_t i = 0; i < whole; i += kLanes) {
-      const F dk_i = Load<kFloat, kLanes>(dk, i), dq_i = Load<kFloat, kLanes>(dq, i);
+      const F k_i = Load<kFloat, kLanes>(k, i), q_i = Load<kFloat, kLanes>(q, i);
       ahead.Fetch(kRows * kLanes);
 #pragma GCC unroll 16
       for (int n = 0; n < kRows; ++n) {
-        const F s = Load<kType, kLanes>(state, first + int64_t{n} * K + i);
-        if (kKeeps) Store<kFloat, kLanes>(tile, InTile<kLanes>(n, i), s);
-        sums[n] += dk_i * s;
-        sums[kRows + n] += dq_i * s;
+        const int64_t at = kKept ? InTile<kLanes>(n, i) : first + int64_t{n} * K + i;
+        const F s = Load<kFrom, kLanes>(source, at);
+        if (kSource == Source::kStateToTile) {
+          Store<kFloat, kLanes>(tile, InTile<kLanes>(n, i), s);
+        }
+        sums[n] += k_i * s;
+        sums[kRows + n] += q_i * s;
       }
     }
     SumLanes(sums, sums_);
@@ -81,12 +88,19 @@ class Rows {
     for (int32_t i = whole; i < K; ++i) {
 #pragma GCC unroll 16
       for (int n = 0; n < kRows; ++n) {
-        const float s = Load<kType, 1>(state, first + int64_t{n} * K + i);
-        if (kKeeps) tile[InTile<1>(n, i)] = s;
-        sums_[n] += dk[i] * s;
-        sums_[kRows + n] += dq[i] * s;
+        const int64_t at = kKept ? InTile<1>(n, i) : first + int64_t{n} * K + i;
+        const float s = Load<kFrom, 1>(source, at);
+        if (kSource == Source::kStateToTile) tile[InTile<1>(n, i)] = s;
+        sums_[n] += k[i] * s;
+        sums_[kRows + n] += q[i] * s;
       }
     }
+  }
+
+  // Hands the sums over.
+  void Put(const Query& x) const {
+    __builtin_memcpy(x.p + j_, sums_, kRows * sizeof(float));
+    __builtin_memcpy(x.r + j_, sums_ + kRows, kRows * sizeof(float));
   }
 
   void Finish(const Token& x) {
@@ -177,6 +191,38 @@ class Rows {
     }
   }
 
+  // Folds into what the tile has.
+  template <DType kType>
+  [[gnu::noinline]] void FoldTile(const Fold& fold, Prefetcher& fetch) const {
+    const int32_t K = K_, V = V_, count = fold.count;
+    const int64_t first = int64_t{j_} * K;
+    Prefetcher ahead = fetch;
+    for (int32_t i = 0; i < whole_; i += kLanes) {
+      ahead.Fetch(kRows * kLanes);
+      F s[kRows];
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; ++n) {
+        s[n] = fold.decay * Load<kFloat, kLanes>(tile_, InTile<kLanes>(n, i));
+      }
+      const float *k = fold.k + i, *u = fold.u + j_;
+      for (int32_t x = 0; x < count; ++x, k += K, u += V) {
+        const F k_i = Load<kFloat, kLanes>(k, 0);
+#pragma GCC unroll 16
+        for (int n = 0; n < kRows; ++n) s[n] += k_i * Fill<kLanes>(u[n]);
+      }
+      StoreAll<kType, kLanes>(fold.to, first + i, K, s);
+    }
+    fetch = ahead;
+    for (int32_t i = whole_; i < K; ++i) {
+      for (int n = 0; n < kRows; ++n) {
+        float s = fold.decay * tile_[InTile<1>(n, i)];
+        const float *k = fold.k + i, *u = fold.u + j_ + n;
+        for (int32_t x = 0; x < count; ++x, k += K, u += V) s += *k * *u;
+        Store<kType, 1>(fold.to, first + int64_t{n} * K + i, s);
+      }
+    }
+  }
+
  private:
   using F = Lanes<kLanes>::F;
 
@@ -186,7 +232,7 @@ class Rows {
     return int64_t{i} * kRows + n * N;
   }
 
-  const int32_t K_, whole_, j_;
+  const int32_t K_, V_, whole_, j_;
   float* const tile_;  // [K / kLanes, kRows, kLanes], then [K % kLanes, kRows]
   float sums_[2 * kRows > kLanes ? 2 * kRows : kLanes];  // p of each row, then r
   float u_[kRows];
@@ -203,9 +249,12 @@ class Interleaved {
       : parts_{Of(job, j, job.tile),
                Of(job, j + Of::kSize, job.tile + int64_t{Of::kSize} * job.K)} {}
 
-  template <DType kType, bool kKeeps>
-  void Sum(const void* state, const Token& token, Prefetcher& ahead) {
-    for (Of& part : parts_) part.template Sum<kType, kKeeps>(state, token, ahead);
+  template <DType kType, Source kSource>
+  void Sum(const void* state, const float* k, const float* q, Prefetcher& ahead) {
+    for (Of& part : parts_) part.template Sum<kType, kSource>(state, k, q, ahead);
+  }
+  void Put(const Query& query) const {
+    for (const Of& part : parts_) part.Put(query);
   }
   void Finish(const Token& token) {
     for (Of& part : parts_) part.Finish(token);
@@ -219,6 +268,10 @@ class Interleaved {
   template <DType kType, bool kKept>
   void Update(const void* from, const Token& token, Prefetcher& ahead) {
     for (Of& part : parts_) part.template Update<kType, kKept>(from, token, ahead);
+  }
+  template <DType kType>
+  void FoldTile(const Fold& fold, Prefetcher& ahead) const {
+    for (const Of& part : parts_) part.template FoldTile<kType>(fold, ahead);
   }
 
  private:

@@ -1,4 +1,4 @@
-// All tokens of one state. Compiled once an instruction set, under the namespace that
+// Jobs on one state. Compiled once an instruction set, under the namespace that
 // JAX_GDN_ISA names; includes nothing whose code the linker could share with others.
 #include "cpu/state_kernel.h"
 
@@ -14,16 +14,43 @@ namespace {
 // enough for sixteen registers; for several tokens as few as keep the tile small.
 constexpr int kAtOnce = 4, kAtOnceOfTile = 2;
 
-// Columns or rows from `j` on while there are enough for whole parts, every token over
-// one part before the next part; returns the first that is left. kKeeps: through the
-// tile, which several tokens need, and which spares widening 16 bits twice.
-template <typename Of, DType kType, bool kKeeps>
-int32_t DecodeParts(const StateJob& job, int32_t j, Prefetcher& ahead) {
-  static_assert(!kKeeps || Of::kSize <= kTileWidth);
-  const Token* const last = job.tokens + job.count - 1;
+// Calls run(part) for parts of kSize columns or rows, from `j` on, while there are
+// enough; returns the first that is left.
+template <typename Of, typename F>
+int32_t RunParts(const StateJob& job, int32_t j, F& run) {
   for (; j + Of::kSize <= job.V; j += Of::kSize) {
     Of part(job, j);
-    part.template Sum<kType, kKeeps>(job.from, *job.tokens, ahead);
+    run(part);
+  }
+  return j;
+}
+
+// Calls run(part) for all parts of a state. kTiled: those that the tile has room for.
+template <bool kTiled, typename F>
+void ForEachPart(const StateJob& job, F run) {
+  static_assert(!kTiled || kAtOnceOfTile * kLanes <= kTileWidth);
+  int32_t j = 0;
+  if (job.layout == Layout::kKV) {
+    j = RunParts<Columns<kLanes, kTiled ? kAtOnceOfTile : kAtOnce>>(job, j, run);
+    j = RunParts<Columns<kLanes, 1>>(job, j, run);
+    RunParts<Columns<1, 1>>(job, j, run);
+  } else {
+    j = RunParts<Interleaved<Rows<kLanes == 16 ? 8 : 4>>>(job, j, run);
+    RunParts<Rows<1>>(job, j, run);
+  }
+}
+
+// Every token over one part before the next part. kKeeps: through the tile, which
+// several tokens need, and which spares widening 16 bits twice.
+template <DType kType, bool kKeeps>
+void DecodeAs(const DecodeJob& job) {
+  constexpr Source kSource = kKeeps ? Source::kStateToTile : Source::kState;
+  const int64_t entries = int64_t{job.K} * job.V;
+  Prefetcher ahead(job.ahead, entries * SizeOf(kType), entries * (job.count + 1));
+  ForEachPart<kKeeps>(job, [&job, &ahead](auto& part) {
+    const Token &first = *job.tokens, *const last = job.tokens + job.count - 1;
+    part.template Sum<kType, kSource>(job.from, first.decayed_k, first.decayed_q,
+                                      ahead);
     for (const Token* x = job.tokens; kKeeps && x < last; ++x) {
       part.Finish(*x);
       if (x->to == nullptr) {
@@ -33,33 +60,44 @@ int32_t DecodeParts(const StateJob& job, int32_t j, Prefetcher& ahead) {
       }
     }
     part.Finish(*last);
-    if (last->to == nullptr) continue;
+    if (last->to == nullptr) return;
     part.template Update<kType, kKeeps>(job.from, *last, ahead);
-  }
-  return j;
-}
-
-template <DType kType, bool kKeeps>
-void DecodeAs(const StateJob& job) {
-  const int64_t entries = int64_t{job.K} * job.V;
-  Prefetcher ahead(job.ahead, entries * SizeOf(kType), entries * (job.count + 1));
-  int32_t j = 0;
-  if (job.layout == Layout::kKV) {
-    using Wide = Columns<kLanes, kKeeps ? kAtOnceOfTile : kAtOnce>;
-    j = DecodeParts<Wide, kType, kKeeps>(job, j, ahead);
-    j = DecodeParts<Columns<kLanes, 1>, kType, kKeeps>(job, j, ahead);
-    DecodeParts<Columns<1, 1>, kType, kKeeps>(job, j, ahead);
-  } else {
-    j = DecodeParts<Interleaved<Rows<kLanes == 16 ? 8 : 4>>, kType, kKeeps>(job, j,
-                                                                            ahead);
-    DecodeParts<Rows<1>, kType, kKeeps>(job, j, ahead);
-  }
+  });
 }
 
 template <DType kType>
-void DecodeAs(const StateJob& job) {
+void DecodeAs(const DecodeJob& job) {
   return job.count > 1 || kType != kFloat ? DecodeAs<kType, true>(job)
                                           : DecodeAs<kType, false>(job);
+}
+
+// Likewise every query. kKeeps: through the tile, which several queries need, and what
+// folds.
+template <DType kType, bool kKeeps>
+void QueryAs(const QueryJob& job) {
+  constexpr Source kSource = kKeeps ? Source::kStateToTile : Source::kState;
+  const int64_t entries = int64_t{job.K} * job.V;
+  const int64_t passes = job.count + (job.fold.to != nullptr);
+  Prefetcher ahead(job.ahead, entries * SizeOf(kType), entries * passes);
+  ForEachPart<kKeeps>(job, [&job, &ahead](auto& part) {
+    const Query& first = *job.queries;
+    part.template Sum<kType, kSource>(job.from, first.k, first.q, ahead);
+    part.Put(first);
+    if constexpr (kKeeps) {
+      for (int64_t i = 1; i < job.count; ++i) {
+        const Query& query = job.queries[i];
+        part.template Sum<kType, Source::kTile>(job.from, query.k, query.q, ahead);
+        part.Put(query);
+      }
+      if (job.fold.to != nullptr) part.template FoldTile<kType>(job.fold, ahead);
+    }
+  });
+}
+
+template <DType kType>
+void QueryAs(const QueryJob& job) {
+  return job.count > 1 || job.fold.to != nullptr ? QueryAs<kType, true>(job)
+                                                 : QueryAs<kType, false>(job);
 }
 
 template <DType kType>
@@ -84,7 +122,7 @@ void RoundAs(const float* values, void* to, int64_t first, int64_t count) {
 
 namespace JAX_GDN_ISA {
 
-void Decode(const StateJob& job) {
+void Decode(const DecodeJob& job) {
   switch (job.dtype) {
     case DType::kFloat32:
       return DecodeAs<DType::kFloat32>(job);
@@ -92,6 +130,17 @@ void Decode(const StateJob& job) {
       return DecodeAs<DType::kBFloat16>(job);
     case DType::kFloat16:
       return DecodeAs<DType::kFloat16>(job);
+  }
+}
+
+void RunQueries(const QueryJob& job) {
+  switch (job.dtype) {
+    case DType::kFloat32:
+      return QueryAs<DType::kFloat32>(job);
+    case DType::kBFloat16:
+      return QueryAs<DType::kBFloat16>(job);
+    case DType::kFloat16:
+      return QueryAs<DType::kFloat16>(job);
   }
 }
 

@@ -2,6 +2,7 @@
 //
 // Tuned at K = 128 on an H200 and an H100: small tiles for few states, large ones for
 // many. Other head sizes have one kernel a layout and dtype, for any number of tokens.
+#include "cuda/deferred.cuh"
 #include "cuda/kv.cuh"
 #include "cuda/vk.cuh"
 
@@ -13,7 +14,18 @@ using enum DType;
 using enum Caching;
 
 template <KernelSpec kSpec>
-using TileOf = std::conditional_t<kSpec.layout == kKV, KVTile<kSpec>, VKTile<kSpec>>;
+using TileOf = std::conditional_t<
+    kSpec.deferred, DeferredTile<kSpec>,
+    std::conditional_t<kSpec.layout == kKV, KVTile<kSpec>, VKTile<kSpec>>>;
+
+template <KernelSpec kSpec>
+__device__ __forceinline__ void Run(const DecodeParams& p) {
+  if constexpr (kSpec.deferred) {
+    DecodeDeferred<kSpec>(p);
+  } else {
+    Decode<TileOf<kSpec>>(p);
+  }
+}
 
 }  // namespace
 
@@ -117,7 +129,43 @@ using TileOf = std::conditional_t<kSpec.layout == kKV, KVTile<kSpec>, VKTile<kSp
   X(gdn_vk_bf16_k256_tokens, .layout = kVK, .state = kBFloat16, .K = 256,              \
     .min_blocks = 4)                                                                   \
   X(gdn_vk_f16_k256_tokens, .layout = kVK, .state = kFloat16, .K = 256,                \
-    .min_blocks = 4)
+    .min_blocks = 4) \
+  X(gdn_kv_f32_k128_vt64_deferred_token, .layout = kKV,                                \
+    .state = kFloat32, .VT = 64, .single_token = true, .deferred = true,               \
+    .min_blocks = 4, .prefetch_distance = 2)                                           \
+  X(gdn_kv_f32_k128_vt64_deferred_tokens, .layout = kKV,                               \
+    .state = kFloat32, .VT = 64, .deferred = true,                                     \
+    .min_blocks = 4, .prefetch_distance = 1)                                           \
+  X(gdn_kv_bf16_k128_vt64_deferred_token, .layout = kKV,                               \
+    .state = kBFloat16, .VT = 64, .single_token = true, .deferred = true,              \
+    .min_blocks = 4, .prefetch_distance = 3)                                           \
+  X(gdn_kv_bf16_k128_vt64_deferred_tokens, .layout = kKV,                              \
+    .state = kBFloat16, .VT = 64, .deferred = true,                                    \
+    .min_blocks = 4, .prefetch_distance = 2)                                           \
+  X(gdn_kv_f16_k128_vt64_deferred_token, .layout = kKV,                                \
+    .state = kFloat16, .VT = 64, .single_token = true, .deferred = true,               \
+    .min_blocks = 4, .prefetch_distance = 3)                                           \
+  X(gdn_kv_f16_k128_vt64_deferred_tokens, .layout = kKV,                               \
+    .state = kFloat16, .VT = 64, .deferred = true,                                     \
+    .min_blocks = 4, .prefetch_distance = 2)                                           \
+  X(gdn_vk_f32_k128_vt64_deferred_token, .layout = kVK,                                \
+    .state = kFloat32, .VT = 64, .single_token = true, .deferred = true,               \
+    .min_blocks = 4, .prefetch_distance = 3)                                           \
+  X(gdn_vk_f32_k128_vt64_deferred_tokens, .layout = kVK,                               \
+    .state = kFloat32, .VT = 64, .deferred = true,                                     \
+    .min_blocks = 4, .prefetch_distance = 1)                                           \
+  X(gdn_vk_bf16_k128_vt64_deferred_token, .layout = kVK,                               \
+    .state = kBFloat16, .VT = 64, .single_token = true, .deferred = true,              \
+    .min_blocks = 4, .prefetch_distance = 3)                                           \
+  X(gdn_vk_bf16_k128_vt64_deferred_tokens, .layout = kVK,                              \
+    .state = kBFloat16, .VT = 64, .deferred = true,                                    \
+    .min_blocks = 4, .prefetch_distance = 2)                                           \
+  X(gdn_vk_f16_k128_vt64_deferred_token, .layout = kVK,                                \
+    .state = kFloat16, .VT = 64, .single_token = true, .deferred = true,               \
+    .min_blocks = 4, .prefetch_distance = 3)                                           \
+  X(gdn_vk_f16_k128_vt64_deferred_tokens, .layout = kVK,                               \
+    .state = kFloat16, .VT = 64, .deferred = true,                                     \
+    .min_blocks = 4, .prefetch_distance = 2)
 // clang-format on
 
 // A kernel under a name that reads well in a profiler.
@@ -126,7 +174,7 @@ using TileOf = std::conditional_t<kSpec.layout == kKV, KVTile<kSpec>, VKTile<kSp
       (TileOf<KernelSpec{__VA_ARGS__}>::kThreads),   \
       (KernelSpec{__VA_ARGS__}.min_blocks))          \
       name(const __grid_constant__ DecodeParams p) { \
-    Decode<TileOf<KernelSpec{__VA_ARGS__}>>(p);      \
+    Run<KernelSpec{__VA_ARGS__}>(p);                 \
   }
 #define JAX_GDN_LIST(name, ...)                 \
   {#name, reinterpret_cast<const void*>(&name), \

@@ -6,10 +6,14 @@ namespace {
 // The y and z axes of a grid (HV and B) are 16-bit.
 constexpr int64_t kMaxGridYZ = 65535;
 
+bool IsBFloat16(const DecodeParams& params) {
+  return params.q.dtype == DType::kBFloat16 && params.k.dtype == DType::kBFloat16 &&
+         params.v.dtype == DType::kBFloat16;
+}
+
 // Whether single-token kernels take these operands.
 bool IsSingleToken(const DecodeParams& params) {
-  return params.T == 1 && params.V == params.K && params.q.dtype == DType::kBFloat16 &&
-         params.k.dtype == DType::kBFloat16 && params.v.dtype == DType::kBFloat16;
+  return params.T == 1 && params.V == params.K && IsBFloat16(params);
 }
 
 }  // namespace
@@ -29,8 +33,39 @@ std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int6
   return std::nullopt;
 }
 
+std::optional<std::string> WhyUnsupportedDeferred(int64_t T, int64_t K, int64_t V,
+                                                  int64_t window, bool per_channel,
+                                                  bool bfloat16) {
+  const auto takes = [](const std::string& what) {
+    return "the CUDA kernel of decode_deferred takes " + what;
+  };
+  if (K != 128 || V != 128) {
+    return takes("K = V = 128; got K = " + std::to_string(K) +
+                 ", V = " + std::to_string(V));
+  }
+  if (T > kMaxTokens) {
+    return takes("T up to " + std::to_string(kMaxTokens) +
+                 "; got T = " + std::to_string(T));
+  }
+  if (window > kMaxPending) {
+    return takes("a window of up to " + std::to_string(kMaxPending) + "; got " +
+                 std::to_string(window));
+  }
+  if (per_channel) return takes("one decay a head; got one a key channel");
+  if (!bfloat16) return takes("bfloat16 q, k and v; got another dtype");
+  return std::nullopt;
+}
+
+std::optional<std::string> WhyUnsupported(const DecodeParams& p) {
+  auto why = WhyUnsupported(p.B, p.HV, p.K, p.V);
+  if (why || p.pending.k == nullptr) return why;
+  return WhyUnsupportedDeferred(p.T, p.K, p.V, p.pending.window, p.per_channel,
+                                IsBFloat16(p));
+}
+
 bool Fits(const KernelSpec& spec, const DecodeParams& params) {
-  return spec.layout == params.layout && spec.state == params.state.dtype &&
+  return spec.deferred == (params.pending.k != nullptr) &&
+         spec.layout == params.layout && spec.state == params.state.dtype &&
          spec.K == params.K && params.V % spec.VT == 0 &&
          (!spec.single_token ||
           (IsSingleToken(params) && spec.per_channel == params.per_channel));

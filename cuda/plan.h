@@ -18,6 +18,9 @@ namespace jax_gdn {
 
 constexpr int64_t kMany = INT64_MAX;
 
+// Of a call that leaves tokens pending: its tokens, and those from before.
+constexpr int kMaxTokens = 8, kMaxPending = 16;
+
 // How accesses to the state treat the caches. Streaming ones leave them early: they win
 // while few blocks run, and lose where many do.
 enum class Caching { kPlain, kStreaming };
@@ -34,6 +37,8 @@ struct KernelSpec {
   // T = 1, V = K and bfloat16 q, k, v; the decay as `per_channel` says. Other kernels
   // take any number of tokens and either decay.
   bool single_token = false, per_channel = false;
+  // Leaves tokens pending. V = K and bfloat16 q, k, v; one decay a head.
+  bool deferred = false;
   Caching caching = Caching::kPlain;
   int min_blocks = 1;  // on a multiprocessor, for the compiler
   // A gate warp prefetches the states of the block that runs this many blocks later on
@@ -61,6 +66,14 @@ std::span<const Kernel> Kernels();
 
 // Why no kernel takes these sizes, or nothing when one does.
 std::optional<std::string> WhyUnsupported(int64_t B, int64_t HV, int64_t K, int64_t V);
+
+// The same of what a call that leaves tokens pending has beyond these.
+std::optional<std::string> WhyUnsupportedDeferred(int64_t T, int64_t K, int64_t V,
+                                                  int64_t window, bool per_channel,
+                                                  bool bfloat16);
+
+// The same of a whole call.
+std::optional<std::string> WhyUnsupported(const DecodeParams& params);
 
 // Whether the kernel computes what these parameters ask for.
 bool Fits(const KernelSpec& spec, const DecodeParams& params);

@@ -24,7 +24,7 @@ std::optional<DType> DTypeOf(ffi::DataType type) {
 
 }  // namespace
 
-ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
+ffi::ErrorOr<Launchable> ParamsOf(DecodeCall call) {
   const auto invalid = [](const std::string& what) {
     return ffi::Unexpected(ffi::Error::InvalidArgument(what));
   };
@@ -33,29 +33,35 @@ ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
                   x.element_type() == ffi::DataType::S32, x.dimensions().begin(),
                   x.dimensions().size()};
   };
-  const auto is_there = [&](int operand) {
-    return IsRequired(operand, call.gates) ||
-           (kOutput <= operand && operand < kOut &&
-            (call.optional_operands & (1 << (operand - kNumRequired))));
+  const bool deferred = call.window > 0;
+  const auto is_required = [&](int i) { return IsRequired(i, call.gates, deferred); };
+  const auto is_there = [&](int i) {
+    return is_required(i) || (kFirstOptional <= i && i < kOut &&
+                              (call.optional_operands & (1 << (i - kFirstOptional))));
   };
-  size_t wanted = 0, required = 0;
+  size_t wanted = 0, required = 0, results = 0;
   for (int i = 0; i < kOut; ++i) {
     wanted += is_there(i);
-    required += IsRequired(i, call.gates);
+    required += is_required(i);
   }
-  if ((call.optional_operands & -(1 << kNumOptional)) != 0 ||
-      wanted != call.operands.size() || call.results.size() != 2) {
+  for (int i = kOut; i < kNumOperands; ++i) results += is_required(i);
+  const int num_optional = (deferred ? kOut : kFold) - kFirstOptional;
+  if ((call.optional_operands & -(1 << num_optional)) != 0 ||
+      wanted != call.operands.size() || results != call.results.size()) {
     return invalid("jax_gdn.decode: optional_operands, " +
                    std::to_string(call.optional_operands) +
-                   ", must say which of output (1), state_indices (2) and "
-                   "output_state_indices (4) there are beside " +
-                   std::to_string(required) + " operands and 2 results; got " +
+                   ", must say which of output (1), state_indices (2)" +
+                   (deferred ? ", output_state_indices (4) and fold (8)"
+                             : " and output_state_indices (4)") +
+                   " there are beside " + std::to_string(required) + " operands and " +
+                   std::to_string(results) + " results; got " +
                    std::to_string(call.operands.size()) + " and " +
                    std::to_string(call.results.size()));
   }
   DecodeOperands operands = {
       {},         call.scale,       call.use_qk_l2norm, call.state_layout,
-      call.gates, call.lower_bound, call.beta_scale,    call.layer};
+      call.gates, call.lower_bound, call.beta_scale,    call.layer,
+      call.window};
   size_t next = 0;
   for (int i = 0; i < kOut; ++i) {
     if (!is_there(i)) continue;
@@ -63,14 +69,14 @@ ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call) {
     if (buffer.has_error()) return ffi::Unexpected(buffer.error());
     operands.tensors[i] = tensor(*buffer);
   }
-  for (int i = kOut; i < kNumOperands; ++i) {
-    auto buffer = call.results.get<ffi::AnyBuffer>(i - kOut);
+  for (size_t i = 0; i < results; ++i) {
+    auto buffer = call.results.get<ffi::AnyBuffer>(i);
     if (buffer.has_error()) return ffi::Unexpected(buffer.error());
-    operands.tensors[i] = tensor(**buffer);
+    operands.tensors[kOut + i] = tensor(**buffer);
   }
-  auto params = MakeParams(operands);
-  if (auto* error = std::get_if<std::string>(&params)) return invalid(*error);
-  return std::get<DecodeParams>(params);
+  auto made = MakeParams(operands);
+  if (auto* error = std::get_if<std::string>(&made)) return invalid(*error);
+  return std::get<Launchable>(std::move(made));
 }
 
 }  // namespace jax_gdn

@@ -27,7 +27,7 @@ auto BindDecodeV1(Binding&& binding) {
       .template Attr<int32_t>("optional_operands");
 }
 
-// `jax_gdn.decode.v2`.
+// `jax_gdn.decode.v2`. The other targets have what it has, and more.
 template <typename Binding>
 auto BindDecode(Binding&& binding) {
   return BindDecodeV1(std::move(binding))
@@ -37,7 +37,14 @@ auto BindDecode(Binding&& binding) {
       .template Attr<int32_t>("layer");
 }
 
-// What both decode to, in their order.
+// `jax_gdn.decode_deferred.v1` -> (out, state, pending k, u and decay), all of them
+// aliased to their operands.
+template <typename Binding>
+auto BindDecodeDeferred(Binding&& binding) {
+  return BindDecode(std::move(binding)).template Attr<int32_t>("window");
+}
+
+// What all decode to, in their order.
 struct DecodeCall {
   xla::ffi::RemainingArgs operands;
   xla::ffi::RemainingRets results;
@@ -48,10 +55,11 @@ struct DecodeCall {
   int32_t gates = 0;
   float lower_bound = 0, beta_scale = 1;
   int32_t layer = -1;
+  int32_t window = 0;
 };
 
-// The kernels' parameters, or InvalidArgument with what is wrong.
-xla::ffi::ErrorOr<DecodeParams> ParamsOf(DecodeCall call);
+// What to launch, or InvalidArgument with what is wrong.
+xla::ffi::ErrorOr<Launchable> ParamsOf(DecodeCall call);
 
 }  // namespace jax_gdn
 

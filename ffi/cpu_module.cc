@@ -21,15 +21,17 @@ namespace {
 // XLA's pool and this thread do the work. It returns when all is done: XLA would hand a
 // call that ends later from thread to thread.
 ffi::Error Execute(ffi::ThreadPool pool, const DecodeCall& call) {
-  ffi::ErrorOr<DecodeParams> params = ParamsOf(call);
-  if (params.has_error()) return params.error();
-  if (const Copy copy = CopyOf(*params); copy.bytes) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-    params->state.data = params->new_state;
+  const ffi::ErrorOr<Launchable> made = ParamsOf(call);
+  if (made.has_error()) return made.error();
+  if (made->params.pending.k != nullptr && made->params.per_channel) {
+    return ffi::Error(
+        ffi::ErrorCode::kUnimplemented,
+        "jax_gdn.decode_deferred: the host kernel takes one decay a head");
   }
-  DecodeOnThreads(*params, pool.num_threads(), [&pool](std::function<void()> task) {
-    pool.Schedule(std::move(task));
-  });
+  for (const Copy& copy : made->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  DecodeOnThreads(
+      made->params, pool.num_threads(),
+      [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 
@@ -41,6 +43,8 @@ XLA_FFI_DEFINE_HANDLER(kExecuteV1, kOnPool,
                        BindDecodeV1(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kExecute, kOnPool,
                        BindDecode(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kExecuteDeferred, kOnPool,
+                       BindDecodeDeferred(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace
 
@@ -65,11 +69,15 @@ NB_MODULE(_cpu, m) {
   // `group`: where the control group's files are.
   m.def("usable_cpus", &UsableCpus, nb::arg("group") = "/sys/fs/cgroup");
   m.def("handlers", [] {
-    nb::dict v1, v2, handlers;
-    v1["execute"] = Capsule(kExecuteV1);
-    v2["execute"] = Capsule(kExecute);
-    handlers["jax_gdn.decode.v1"] = v1;
-    handlers["jax_gdn.decode.v2"] = v2;
+    nb::dict handlers;
+    const auto add = [&](const char* target, XLA_FFI_Handler* execute) {
+      nb::dict stages;
+      stages["execute"] = Capsule(execute);
+      handlers[target] = stages;
+    };
+    add("jax_gdn.decode.v1", kExecuteV1);
+    add("jax_gdn.decode.v2", kExecute);
+    add("jax_gdn.decode_deferred.v1", kExecuteDeferred);
     return handlers;
   });
 }

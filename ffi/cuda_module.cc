@@ -74,21 +74,21 @@ ffi::Error NoKernel() {
 }
 
 ffi::Error Execute(cudaStream_t stream, const DecodeCall& call) {
-  ffi::ErrorOr<DecodeParams> params = ParamsOf(call);
-  if (params.has_error()) return params.error();
-  if (auto reason = WhyUnsupported(params->B, params->HV, params->K, params->V)) {
+  const ffi::ErrorOr<Launchable> made = ParamsOf(call);
+  if (made.has_error()) return made.error();
+  const DecodeParams& params = made->params;
+  if (auto reason = WhyUnsupported(params)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_gdn.decode: " + *reason);
   }
-  if (const Copy copy = CopyOf(*params); copy.bytes) {
+  for (const Copy& copy : made->copies) {
     const cudaError_t error = cudaMemcpyAsync(copy.to, copy.from, copy.bytes,
                                               cudaMemcpyDeviceToDevice, stream);
     if (error != cudaSuccess) return ErrorOf({error, "cudaMemcpyAsync"});
-    params->state.data = params->new_state;
   }
-  if (params->B == 0) return ffi::Error::Success();
-  const Kernel* kernel = ChooseKernel(*params);
+  if (params.B == 0) return ffi::Error::Success();
+  const Kernel* kernel = ChooseKernel(params);
   if (kernel == nullptr) return NoKernel();
-  return ErrorOf(Launch(*kernel, *params, stream));
+  return ErrorOf(Launch(*kernel, params, stream));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
@@ -110,6 +110,10 @@ XLA_FFI_DEFINE_HANDLER(
     kExecute, kOnStream,
     BindDecode(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
     {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
+    kExecuteDeferred, kOnStream,
+    BindDecodeDeferred(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+    {ffi::Traits::kCmdBufferCompatible});
 
 // An operand as Python describes it: address, dtype name, shape.
 using PythonTensor = std::tuple<uintptr_t, std::string, std::vector<int64_t>>;
@@ -126,30 +130,31 @@ Tensor TensorOf(const PythonTensor& x) {
 }
 
 // The launch that these operands would get, without a device: for tests that run the
-// kernels' PTX. The new state is `new_state`, or else the state. `kernel`, a symbol,
-// overrides the planner's.
+// kernels' PTX. The new state is `new_state`, or else the state, and what is pending is
+// updated in place. `kernel`, a symbol, overrides the planner's.
 nb::dict Plan(const std::map<std::string, PythonTensor>& operands, float scale,
               bool use_qk_l2norm, int32_t state_layout,
               const std::optional<std::string>& kernel, int32_t gates,
-              float lower_bound, float beta_scale, int32_t layer) {
-  DecodeOperands x = {{},    scale,       use_qk_l2norm, state_layout,
-                      gates, lower_bound, beta_scale,    layer};
+              float lower_bound, float beta_scale, int32_t layer, int32_t window) {
+  DecodeOperands x = {{},          scale,      use_qk_l2norm, state_layout, gates,
+                      lower_bound, beta_scale, layer,         window};
   for (int i = 0; i < kNumOperands; ++i) {
     const auto operand =
         operands.find(i == kNewState ? "new_state" : kArguments[i].name);
     if (operand != operands.end()) x.tensors[i] = TensorOf(operand->second);
   }
   if (!x.tensors[kNewState]) x.tensors[kNewState] = x.tensors[kState];
+  for (int i = 0; i < 3; ++i) x.tensors[kNewPendingK + i] = x.tensors[kPendingK + i];
   for (int i = 0; i < kNumOperands; ++i) {
-    if (x.tensors[i] || !IsRequired(i, gates)) continue;
+    if (x.tensors[i] || !IsRequired(i, gates, window > 0)) continue;
     throw nb::value_error((std::string(kArguments[i].name) + " is missing").c_str());
   }
   auto checked = MakeParams(x);
   if (const auto* error = std::get_if<std::string>(&checked)) {
     throw nb::value_error(error->c_str());
   }
-  const DecodeParams params = std::get<DecodeParams>(checked);
-  if (auto why = WhyUnsupported(params.B, params.HV, params.K, params.V)) {
+  const DecodeParams params = std::get<Launchable>(checked).params;
+  if (auto why = WhyUnsupported(params)) {
     throw nb::value_error(why->c_str());
   }
   const Kernel* chosen = ChooseKernel(params);
@@ -190,6 +195,7 @@ std::vector<nb::dict> KernelTable() {
     row["warp_rows"] = spec.warp_rows;
     row["single_token"] = spec.single_token;
     row["per_channel"] = spec.per_channel;
+    row["deferred"] = spec.deferred;
     row["streaming"] = spec.caching == Caching::kStreaming;
     row["min_blocks"] = spec.min_blocks;
     row["prefetch_distance"] = spec.prefetch_distance;
@@ -208,22 +214,29 @@ NB_MODULE(_cuda, m) {
       nb::make_tuple(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
   m.attr("ARCHITECTURES") = JAX_GDN_ARCHITECTURES;
   m.def("handlers", [] {
-    nb::dict v1, v2, handlers;
-    v1["initialize"] = v2["initialize"] = Capsule(kInitialize);
-    v1["execute"] = Capsule(kExecuteV1);
-    v2["execute"] = Capsule(kExecute);
-    handlers["jax_gdn.decode.v1"] = v1;
-    handlers["jax_gdn.decode.v2"] = v2;
+    nb::dict handlers;
+    const auto add = [&](const char* target, XLA_FFI_Handler* execute) {
+      nb::dict stages;
+      stages["initialize"] = Capsule(kInitialize);
+      stages["execute"] = Capsule(execute);
+      handlers[target] = stages;
+    };
+    add("jax_gdn.decode.v1", kExecuteV1);
+    add("jax_gdn.decode.v2", kExecute);
+    add("jax_gdn.decode_deferred.v1", kExecuteDeferred);
     return handlers;
   });
   m.def("why_unsupported_device", &WhyUnsupportedDevice, nb::arg("name"),
         nb::arg("major"), nb::arg("minor"));
-  m.def("why_unsupported", &WhyUnsupported, nb::arg("B"), nb::arg("HV"), nb::arg("K"),
-        nb::arg("V"));
+  m.def("why_unsupported",
+        nb::overload_cast<int64_t, int64_t, int64_t, int64_t>(&WhyUnsupported),
+        nb::arg("B"), nb::arg("HV"), nb::arg("K"), nb::arg("V"));
+  m.def("why_unsupported_deferred", &WhyUnsupportedDeferred, nb::arg("T"), nb::arg("K"),
+        nb::arg("V"), nb::arg("window"), nb::arg("per_channel"), nb::arg("bfloat16"));
   m.def("plan", &Plan, nb::arg("operands"), nb::arg("scale"), nb::arg("use_qk_l2norm"),
         nb::arg("state_layout") = 0, nb::arg("kernel") = nb::none(),
         nb::arg("gates") = 0, nb::arg("lower_bound") = 0.0f,
-        nb::arg("beta_scale") = 1.0f, nb::arg("layer") = -1);
+        nb::arg("beta_scale") = 1.0f, nb::arg("layer") = -1, nb::arg("window") = 0);
   m.def("kernels", &KernelTable);
 }
 

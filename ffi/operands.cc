@@ -29,7 +29,7 @@ uintptr_t Bytes(const Tensor& x) {
 
 // Sizes by axis: those of q and v, and the state's first.
 struct Sizes {
-  int64_t B, T, H, HV, K, V, N;
+  int64_t B, T, H, HV, K, V, N, R;
 
   int64_t operator[](char axis) const {
     switch (axis) {
@@ -45,6 +45,10 @@ struct Sizes {
         return K;
       case 'V':
         return V;
+      case 'R':
+        return R;
+      case '2':
+        return 2;
       default:
         return N;
     }
@@ -108,16 +112,22 @@ bool HasOtherShape(int operand, const Tensors& x, int32_t state_layout) {
   if (operand == kState || operand == kNewState) {
     return state_layout == static_cast<int32_t>(Layout::kVK);
   }
-  if (operand == kDtBias) operand = kA;
+  if (operand == kDtBias || operand == kPendingDecay || operand == kNewPendingDecay) {
+    operand = kA;
+  }
   return x[operand]->rank == kArguments[operand].other_shape.rank;
 }
 
 // Results are written while operands are still read. But for the operands that they are
 // to share a buffer with, they lie apart from all.
 void CheckBuffers(const Tensors& x, Checker& check) {
-  for (const auto& [result, donor] : {std::pair(kNewState, kState), {kOut, kOutput}}) {
+  for (const auto& [result, donor] : {std::pair(kNewState, kState),
+                                      {kOut, kOutput},
+                                      {kNewPendingK, kPendingK},
+                                      {kNewPendingU, kPendingU},
+                                      {kNewPendingDecay, kPendingDecay}}) {
     for (int other = 0; other < result; ++other) {
-      if (!x[other]) continue;
+      if (!x[result] || !x[other]) continue;
       check.Apart(kArguments[result].name, *x[result], kArguments[other].name,
                   *x[other],
                   /*may_be_same=*/other == donor);
@@ -136,13 +146,15 @@ std::string Check(const Tensors& x, int32_t state_layout) {
   check.Require(x[kState]->rank == 4, [] { return "state must have rank 4 or more"; });
   if (!check.error().empty()) return check.error();
   const int64_t *q = x[kQ]->sizes, *v = x[kV]->sizes;
-  const Sizes n = {.B = q[0],
-                   .T = q[1],
-                   .H = q[2],
-                   .HV = v[2],
-                   .K = q[3],
-                   .V = v[3],
-                   .N = x[kStateIndices] ? x[kState]->sizes[0] : q[0]};
+  const Sizes n = {
+      .B = q[0],
+      .T = q[1],
+      .H = q[2],
+      .HV = v[2],
+      .K = q[3],
+      .V = v[3],
+      .N = x[kStateIndices] ? x[kState]->sizes[0] : q[0],
+      .R = x[kPendingK] && x[kPendingK]->rank == 4 ? x[kPendingK]->sizes[2] : 0};
   constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
   check.Require(n.B >= 0 && n.N >= 0,
                 [] { return "q and state must have no axis below 0"; });
@@ -170,9 +182,25 @@ std::string Check(const Tensors& x, int32_t state_layout) {
                 [] { return "A_log must be float32"; });
   check.Require(x[kNewState]->dtype == x[kState]->dtype,
                 [] { return "the new state must have the state's dtype"; });
+  for (const Operand i : {kPendingU, kPendingDecay, kNewPendingU, kNewPendingDecay}) {
+    check.Require(!x[i] || x[i]->dtype == DType::kFloat32,
+                  [&] { return std::string(kArguments[i].name) + " must be float32"; });
+  }
+  for (const Operand i : {kPendingK, kNewPendingK}) {
+    check.Require(!x[i] || x[i]->dtype == x[kK]->dtype, [&] {
+      return std::string(kArguments[i].name) + " must have k's dtype";
+    });
+  }
   if (check.error().empty()) CheckBuffers(x, check);
   return check.error();
 }
+
+// What a call updates in place beside `out`, and the results that are to share its
+// buffers.
+constexpr std::pair<Operand, Operand> kUpdated[] = {{kState, kNewState},
+                                                    {kPendingK, kNewPendingK},
+                                                    {kPendingU, kNewPendingU},
+                                                    {kPendingDecay, kNewPendingDecay}};
 
 // What is wrong with the attributes, or nothing.
 std::string CheckAttributes(const DecodeOperands& x) {
@@ -182,6 +210,22 @@ std::string CheckAttributes(const DecodeOperands& x) {
            std::to_string(x.gates);
   });
   const Tensor& state = *x.tensors[kState];
+  if (const auto& pending = x.tensors[kPendingK]) {
+    const int64_t rank = pending->rank, T = x.tensors[kQ]->sizes[1];
+    const int64_t R = rank < 4 ? 0 : pending->sizes[rank - 2];
+    check.Require(x.window > 0 && T <= x.window && x.window <= R - T, [&] {
+      return "pending.k must have window + T entries or more, and window be T or more; "
+             "got " +
+             std::to_string(R) + " entries, window " + std::to_string(x.window) +
+             ", T " + std::to_string(T);
+    });
+    for (const auto& [i, to] : kUpdated) {
+      const bool same = x.layer == -1 || x.tensors[i]->sizes[0] == state.sizes[0];
+      check.Require(same && x.tensors[i]->rank == x.tensors[to]->rank, [i = i] {
+        return std::string(kArguments[i].name) + " must have the state's layers";
+      });
+    }
+  }
   check.Require(
       x.layer == -1 || (state.rank == 5 && state.rank == x.tensors[kNewState]->rank &&
                         0 <= x.layer && x.layer < state.sizes[0]),
@@ -192,35 +236,67 @@ std::string CheckAttributes(const DecodeOperands& x) {
   return check.error();
 }
 
-// A layer of a stack of states, [L, N, ...].
+// A layer of a stack, [L, N, ...].
 Tensor LayerOf(const Tensor& x, int32_t layer) {
   Tensor result = {x.data, x.dtype, x.is_int32, x.sizes + 1, x.rank - 1};
   result.data = static_cast<char*>(x.data) + layer * Bytes(result);
   return result;
 }
 
-// The same tensor with one axis in place of all but the last three; `sizes` keeps its
-// shape.
-Tensor WithOneLeadingAxis(const Tensor& x, std::array<int64_t, 4>& sizes) {
-  if (x.rank <= sizes.size()) return x;
-  const size_t merged = x.rank - sizes.size();
-  sizes = {1, x.sizes[merged + 1], x.sizes[merged + 2], x.sizes[merged + 3]};
+// The same tensor of `rank` axes, the first in place of all that were before the
+// others; `sizes` keeps its shape.
+Tensor WithOneLeadingAxis(const Tensor& x, size_t rank, std::array<int64_t, 4>& sizes) {
+  if (x.rank <= rank) return x;
+  const size_t merged = x.rank - rank;
+  sizes[0] = 1;
   for (size_t i = 0; i <= merged; ++i) sizes[0] *= x.sizes[i];
-  return {x.data, x.dtype, x.is_int32, sizes.data(), sizes.size()};
+  for (size_t i = 1; i < rank; ++i) sizes[i] = x.sizes[merged + i];
+  return {x.data, x.dtype, x.is_int32, sizes.data(), rank};
+}
+
+// The copies that results with buffers of their own need: see `Copy`.
+std::vector<Copy> CopiesOf(const DecodeOperands& operands, const DecodeParams& p) {
+  const Tensors& whole = operands.tensors;
+  // Slots of no row may have no address, but only a pool has other than B states.
+  const bool pool = p.read_slots != nullptr || p.N != p.B || operands.layer >= 0;
+  if (!pool && !whole[kPendingK]) return {};
+  std::vector<Copy> copies;
+  for (const auto& [from, to] : kUpdated) {
+    if (!whole[from] || whole[from]->data == whole[to]->data) continue;
+    copies.push_back({whole[to]->data, whole[from]->data, Bytes(*whole[from])});
+  }
+  return copies;
+}
+
+Pending PendingOf(const Tensors& x, int32_t window) {
+  if (!x[kPendingK]) return {};
+  return {x[kNewPendingK]->data,
+          static_cast<float*>(x[kNewPendingU]->data),
+          static_cast<float*>(x[kNewPendingDecay]->data),
+          static_cast<const int32_t*>(x[kCursors]->data),
+          static_cast<const int32_t*>(x[kFold] ? x[kFold]->data : nullptr),
+          static_cast<int32_t>(x[kPendingK]->sizes[2]),
+          window};
 }
 
 }  // namespace
 
-std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands) {
-  Tensors x = operands.tensors;
+std::variant<Launchable, std::string> MakeParams(const DecodeOperands& operands) {
+  const Tensors& whole = operands.tensors;
+  Tensors x = whole;
   if (std::string error = CheckAttributes(operands); !error.empty()) return error;
   std::array<int64_t, 4> merged[kNumOperands];
-  const int64_t layers = operands.layer < 0 ? 1 : x[kState]->sizes[0];
-  if (operands.layer >= 0) {
-    for (const Operand i : {kState, kNewState}) x[i] = LayerOf(*x[i], operands.layer);
+  const size_t decay_rank = x[kA]->rank;
+  for (const auto& [from, to] : kUpdated) {
+    const bool of_decay = from == kPendingDecay;
+    for (const Operand i : {from, to}) {
+      if (!x[i]) continue;
+      if (operands.layer >= 0) x[i] = LayerOf(*x[i], operands.layer);
+      x[i] = WithOneLeadingAxis(*x[i], of_decay ? decay_rank : 4, merged[i]);
+    }
   }
-  for (const Operand i : {kState, kNewState, kOut, kOutput}) {
-    if (x[i]) x[i] = WithOneLeadingAxis(*x[i], merged[i]);
+  for (const Operand i : {kOut, kOutput}) {
+    if (x[i]) x[i] = WithOneLeadingAxis(*x[i], 4, merged[i]);
   }
   if (std::string error = Check(x, operands.state_layout); !error.empty()) return error;
   const auto input = [&](Operand i) { return Input{x[i]->data, *x[i]->dtype}; };
@@ -259,19 +335,13 @@ std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operand
   p.gates = static_cast<GateForm>(operands.gates);
   p.lower_bound = operands.lower_bound;
   p.beta_scale = operands.beta_scale;
-  p.layer = std::max(operands.layer, 0);
-  p.layers = static_cast<int32_t>(layers);
-  return p;
-}
-
-Copy CopyOf(const DecodeParams& p) {
-  // Slots of no row may have no address, but only a pool has other than B states.
-  const bool pool = p.read_slots != nullptr || p.N != p.B || p.layers > 1;
-  if (!pool || p.state.data == p.new_state) return {};
-  const size_t entry = p.state.dtype == DType::kFloat32 ? 4 : 2;
-  const size_t a_layer = entry * p.N * p.HV * p.K * p.V, before = a_layer * p.layer;
-  return {static_cast<char*>(p.new_state) - before,
-          static_cast<const char*>(p.state.data) - before, a_layer * p.layers};
+  p.pending = PendingOf(x, operands.window);
+  std::vector<Copy> copies = CopiesOf(operands, p);
+  // Then the new state has all of the old one.
+  if (!copies.empty() && copies[0].to == whole[kNewState]->data) {
+    p.state.data = p.new_state;
+  }
+  return Launchable{p, std::move(copies)};
 }
 
 }  // namespace jax_gdn

@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <variant>
+#include <vector>
 
 #include "common/decode_params.h"
 
@@ -28,15 +29,22 @@ enum Operand {
   kA,
   kDtBias,  // likewise
   kB,       // all but these two are always there
+  kPendingK,
+  kPendingU,
+  kPendingDecay,
+  kCursors,  // of `decode_deferred` alone
   kOutput,
   kStateIndices,
   kOutputStateIndices,  // optional
+  kFold,                // optional in `decode_deferred`
   kOut,
   kNewState,  // the results
+  kNewPendingK,
+  kNewPendingU,
+  kNewPendingDecay,  // of `decode_deferred` alone
   kNumOperands
 };
-inline constexpr int kNumRequired = kOutput;
-inline constexpr int kNumOptional = kOut - kNumRequired;
+inline constexpr int kFirstOptional = kOutput;
 
 // Kernels read and write vectors 16 bytes at a time.
 enum class Kind { kVectors, kFloats, kIndices };
@@ -59,8 +67,8 @@ struct Shape {
 };
 
 // The argument table, which reads as that of jax_gdn/_operands.py; N is B where there
-// is no pool. Of two shapes, the layout chooses for states, `a` for `dt_bias`, else the
-// number of axes.
+// is no pool. Of two shapes, the layout chooses for states, `a` for `dt_bias` and the
+// pending decays, else the number of axes.
 struct Argument {
   const char* name;
   Shape shape, other_shape = {};
@@ -74,11 +82,19 @@ inline constexpr Argument kArguments[kNumOperands] = {
     {"a", {"B T HV", Kind::kFloats}, {"B T HV K", Kind::kVectors}},
     {"dt_bias", {"HV", Kind::kFloats}, {"HV K", Kind::kVectors}},
     {"b", {"B T HV", Kind::kFloats}},
+    {"pending.k", {"N H R K", Kind::kVectors}},
+    {"pending.u", {"N HV R V", Kind::kVectors}},
+    {"pending.decay", {"N HV R", Kind::kFloats}, {"N HV R K", Kind::kVectors}},
+    {"cursors", {"N 2", Kind::kIndices}},
     {"output", {"B T HV V", Kind::kFloats}},
     {"state_indices", {"B", Kind::kIndices}},
     {"output_state_indices", {"B", Kind::kIndices}, {"B T", Kind::kIndices}},
+    {"fold", {"B", Kind::kIndices}},
     {"out", {"B T HV V", Kind::kVectors}},
     {"the new state", {"N HV K V", Kind::kVectors}, {"N HV V K", Kind::kVectors}},
+    {"the new pending.k", {"N H R K", Kind::kVectors}},
+    {"the new pending.u", {"N HV R V", Kind::kVectors}},
+    {"the new pending.decay", {"N HV R", Kind::kFloats}, {"N HV R K", Kind::kVectors}},
 };
 
 struct Tensor {
@@ -97,31 +113,36 @@ struct DecodeOperands {
   int32_t gates = 0;     // likewise, a `GateForm`
   float lower_bound = 0, beta_scale = 1;
   int32_t layer = -1;  // of a stack of states, [L, N, ...]; -1: there is none
+  int32_t window = 0;  // of `decode_deferred`; 0: the call is `decode`
 };
 
 // Whether an operand or a result is part of every call with such gates.
-inline bool IsRequired(int operand, int32_t gates) {
+inline bool IsRequired(int operand, int32_t gates, bool deferred) {
   const bool weight = operand == kALog || operand == kDtBias;
   if (weight && gates == static_cast<int32_t>(GateForm::kGiven)) return false;
-  return operand < kNumRequired || operand >= kOut;
+  const bool pending = kPendingK <= operand && operand < kFirstOptional;
+  if (pending || operand > kNewState) return deferred;
+  return operand < kFirstOptional || operand >= kOut;
 }
 
-// The parameters, or what is wrong with the operands. What is updated in place, the
-// states and out, may have more leading axes: reshaped, XLA's host code would copy it.
-//
-// XLA may give a result a buffer of its own, where it drops an alias. Whoever launches
-// first copies as `CopyOf` says.
-std::variant<DecodeParams, std::string> MakeParams(const DecodeOperands& operands);
-
-// A pool or a stack whose new states have a buffer of their own has to be copied there
-// first, for the slots that no row writes, and `params.state` becomes `new_state`.
-// Other states are all written: no bytes.
+// XLA may give a result a buffer of its own, where it drops an alias. What a call does
+// not write whole has to be copied there before: pools, stacks, what is pending.
 struct Copy {
   void* to;
   const void* from;
   size_t bytes;
 };
-Copy CopyOf(const DecodeParams& params);
+
+// What to launch, after the copies.
+struct Launchable {
+  DecodeParams params;
+  std::vector<Copy> copies;
+};
+
+// That, or what is wrong with the operands. What is updated in place, the states, `out`
+// and what is pending, may have more leading axes: reshaped, XLA's host code would copy
+// it.
+std::variant<Launchable, std::string> MakeParams(const DecodeOperands& operands);
 
 }  // namespace jax_gdn
 

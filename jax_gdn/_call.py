@@ -15,13 +15,19 @@ from jax_gdn import _registration
 from jax_gdn._operands import (
     GATE_FORMS,
     OPTIONAL,
+    PENDING,
     SLOTS,
+    UPDATED,
     Call,
     Operands,
     Results,
     Settings,
 )
-from jax_gdn._reference import reference_decode, slots_of_layer
+from jax_gdn._reference import (
+    reference_decode,
+    reference_decode_deferred,
+    slots_of_layer,
+)
 
 # An identity on one operand whose lowering rule warns or raises: only when a program is
 # lowered is its platform known, and so whether there is a native kernel for it.
@@ -31,17 +37,17 @@ _without_native_p.def_abstract_eval(lambda x, **_: x)
 batching.defvectorized(_without_native_p)
 
 
-def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
+def _lower_without_native(ctx, x, *, name: str, reason: str | None, required: bool):
     if reason is None:
         names = set(ctx.module_context.platforms or ()) - {"cpu", "cuda"}
         where = ", ".join(sorted(names)) or "this platform"
         reason = f"there is no native kernel for {where}"
     if required:
         raise NotImplementedError(
-            f'jax_gdn.decode: implementation="native" cannot run: {reason}. Pass '
+            f'jax_gdn.{name}: implementation="native" cannot run: {reason}. Pass '
             'implementation="xla" for the reference, which runs anywhere.'
         )
-    text = f"jax_gdn.decode falls back to the reference: {reason}."
+    text = f"jax_gdn.{name} falls back to the reference: {reason}."
     warnings.warn(text, stacklevel=2)
     return [x]
 
@@ -49,15 +55,37 @@ def _lower_without_native(ctx, x, *, reason: str | None, required: bool):
 mlir.register_lowering(_without_native_p, _lower_without_native)
 
 
-def _why_not_cuda(settings: Settings, q: Array, v: Array) -> str | None:
-    """Returns why the CUDA kernel cannot take these shapes, or None."""
+def _why_not_cuda(settings: Settings, operands: Operands) -> str | None:
+    """Returns why the CUDA kernel cannot take these operands, or None."""
+    q, v = operands.q, operands.v
     if _registration.cuda is None:
         return "this build of jax_gdn has no CUDA kernels"
     B = math.prod(v.shape[: settings.num_batch_dims + 1])
     HV, V = v.shape[-2:]
-    # The handler itself checks a symbolic B, when it has a value.
-    return _registration.cuda.why_unsupported(
+    # The handler itself checks a symbolic B or T, when it has a value.
+    why = _registration.cuda.why_unsupported(
         B if isinstance(B, int) else 1, HV, q.shape[-1], V
+    )
+    if why or settings.window is None:
+        return why
+    T = v.shape[-3]
+    return _registration.cuda.why_unsupported_deferred(
+        T if isinstance(T, int) else 1,
+        q.shape[-1],
+        V,
+        settings.window,
+        len(settings.axes.a) == 4,
+        all(x.dtype == jnp.bfloat16 for x in (q, operands.k, v)),
+    )
+
+
+def _why_not_cpu(settings: Settings) -> str | None:
+    """Returns why the host kernel cannot take such a call, or None."""
+    if settings.window is None or len(settings.axes.a) != 4:
+        return None
+    return (
+        "the host kernel of decode_deferred takes one decay a head; got one a key "
+        "channel"
     )
 
 
@@ -71,12 +99,16 @@ def by_platform(native: Call, reference: Call) -> Call:
 
         def without_native(reason: str | None, operands: Operands) -> Results:
             required = settings.implementation == "native"
-            q = _without_native_p.bind(operands.q, reason=reason, required=required)
+            q = _without_native_p.bind(
+                operands.q, name=settings.name, reason=reason, required=required
+            )
             return reference(settings, operands._replace(q=q))
 
         cpu = cuda = ft.partial(native, settings)
         default = ft.partial(without_native, None)
-        if why_not := _why_not_cuda(settings, operands.q, operands.v):
+        if why_not := _why_not_cpu(settings):
+            cpu = ft.partial(without_native, why_not)
+        if why_not := _why_not_cuda(settings, operands):
             cuda = ft.partial(without_native, why_not)
         return jax.lax.platform_dependent(operands, cpu=cpu, cuda=cuda, default=default)
 
@@ -87,15 +119,22 @@ def reference(settings: Settings, operands: Operands) -> Results:
     """The reference, for operands with any number of batch dimensions."""
 
     def call(operands: Operands) -> Results:
-        given = operands._asdict()
+        given = dict(operands.items())
         if settings.gate_form == "given":
-            given |= {"a": None, "b": None, "g": operands.a, "beta": operands.b}
+            given |= {"g": given.pop("a"), "beta": given.pop("b")}
         if settings.layer is not None:
             given["layer"] = settings.layer
-        out, state = reference_decode(**given, **options)
+        if settings.window is None:
+            out, state = reference_decode(**given, **options)
+            pending = ()
+        else:
+            given["pending"] = [given.pop(name) for name in PENDING]
+            given["window"] = settings.window
+            out, state, pending = reference_decode_deferred(**given, **options)
         output = operands.output
         # Written whole into `output`, so that a donated buffer finds its use.
-        return Results(out if output is None else output.at[...].set(out), state)
+        out = out if output is None else output.at[...].set(out)
+        return Results(out, state, *pending)
 
     names = ("scale", "use_qk_l2norm", "state_layout")
     names += ("lower_bound", "allow_neg_eigval")
@@ -116,14 +155,22 @@ def native(settings: Settings, operands: Operands) -> Results:
     if offset < 0:
         operands = _merge_batch_dims(settings, operands)
     given = dict(operands.items())
+    if operands.fold is not None:
+        given["fold"] = operands.fold.astype(jnp.int32)
     names = list(given)
-    aliases = {names.index("state"): 1}
-    if "output" in given:
-        aliases[names.index("output")] = 0
+    there = {name: x for name, x in results._asdict().items() if x is not None}
+    donors = {"out": "output"}
+    aliases = {
+        names.index(donor): i
+        for i, name in enumerate(there)
+        if (donor := donors.get(name, name)) in given
+    }
     bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in given)
-    call = jax.ffi.ffi_call(
-        _registration.DECODE_TARGET, list(results), input_output_aliases=aliases
-    )
+    target, attributes = _registration.DECODE_TARGET, {}
+    if settings.window is not None:
+        target = _registration.DEFERRED_TARGET
+        attributes["window"] = np.int32(settings.window)
+    call = jax.ffi.ffi_call(target, list(there.values()), input_output_aliases=aliases)
     results = call(
         *given.values(),
         scale=np.float32(settings.scale),
@@ -134,6 +181,7 @@ def native(settings: Settings, operands: Operands) -> Results:
         lower_bound=np.float32(settings.lower_bound or 0),
         beta_scale=np.float32(2 if settings.allow_neg_eigval else 1),
         layer=np.int32(offset),
+        **attributes,
     )
     return Results(*results)
 
@@ -147,8 +195,14 @@ def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:
     def merged(name: str, x: Array) -> Array:
         # Handlers merge those of both that are donated: XLA's host code would copy what
         # is reshaped.
-        if name in ("state", "output") or not getattr(settings.has_batch_dims, name):
+        in_place = name in (*UPDATED, "output")
+        if in_place or not getattr(settings.has_batch_dims, name):
             return x
+        if name == "cursors" and has_stack:  # one for all layers
+            L = operands.state.shape[dims]
+            x = jnp.expand_dims(x, dims)
+            x = jnp.broadcast_to(x, (*x.shape[:dims], L, *x.shape[dims + 1 :]))
+            return x.reshape(math.prod(x.shape[:-1]), 2)
         return x.reshape(math.prod(x.shape[: dims + 1]), *x.shape[dims + 1 :])
 
     layer = settings.layer if operands.layer is None else operands.layer

@@ -16,6 +16,7 @@ from jax_gdn._operands import (
     GIVEN_GATES,
     OPTIONAL,
     SLOTS,
+    UPDATED,
     Operands,
     Settings,
 )
@@ -23,6 +24,7 @@ from jax_gdn._reference import FLOAT32_MAX
 
 
 def _must(name: str, what: str, got: object, hint: str = "") -> str:
+    name = name.replace("pending_", "pending.")
     return f"jax_gdn: `{name}` must {what}; got {got}.{hint}"
 
 
@@ -112,12 +114,17 @@ def _axes_of(name: str, operands: Operands, settings: Settings) -> tuple[str, ..
     """Returns the axes that an argument must have, given the others."""
     choices = [tuple(axes.split()) for axes in ARGUMENTS[name][0]]
     if name == "state":
-        rows = "B" if operands.state_indices is None else "N"
-        has_stack = settings.layer is not None or operands.layer is not None
-        own = (rows, "HV", *settings.state_layout)
-        choices = [("L", *own) if has_stack else own]
-    elif name == "dt_bias":
+        choices = [choices[settings.state_layout == "VK"]]
+    elif name in ("dt_bias", "pending_decay"):
         choices = [choices[operands.a.ndim == 4]]
+    has_pool = operands.state_indices is not None
+    if has_pool and name in (*UPDATED, "cursors"):
+        choices = [("N", *axes) for _, *axes in choices]
+    has_stack = settings.layer is not None or operands.layer is not None
+    if has_stack and name in UPDATED:
+        choices = [("L", *axes) for axes in choices]
+    if name == "output_state_indices" and settings.window is not None:
+        choices = choices[:1]
     fitting = [axes for axes in choices if len(axes) == getattr(operands, name).ndim]
     return (fitting or choices)[0]
 
@@ -126,8 +133,8 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
     """Returns the axes of each operand; raises unless they fit table and each other."""
     result = {}
     names = GIVEN_GATES if settings.gate_form == "given" else {}
-    sizes: dict[str, int] = {}
-    sources: dict[str, str] = {}  # the argument that an axis has its size from
+    sizes: dict[str, int] = {"2": 2}
+    sources: dict[str, str] = {"2": ""}  # the argument that an axis has its size from
     for place, x in operands.items():
         name = names.get(place, place)
         axes = result[place] = _axes_of(place, operands, settings)
@@ -149,18 +156,33 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
             sizes.setdefault(axis, size)
             sources.setdefault(axis, name)
         dtypes, dtype = ARGUMENTS[place][1], jnp.dtype(x.dtype).name
+        if name == "pending_k":
+            dtypes = (jnp.dtype(operands.k.dtype).name,)
         if dtype not in dtypes:
             what = f"be {' or '.join(dtypes)}"
             raise TypeError(_must(name, what, dtype, _dtype_hint(name, dtypes, x)))
         _check_sizes(name, axes, sizes)
     if "L" in sizes:
         _check_stack(settings.layer, sizes["L"], sizes.get("N", sizes["B"]))
+    if settings.window is not None:
+        check_ring(settings.window, sizes["R"], sizes["T"])
     if operands.output_state_indices is not None and operands.state_indices is None:
         raise ValueError(
             "jax_gdn: `output_state_indices` needs `state_indices`, the slots "
             "that the rows read; got none."
         )
     return Operands(**result)
+
+
+def check_ring(window: int, R: int, T: int) -> None:
+    """Raises unless a ring of R entries has room for T tokens beside its window."""
+    room = R - window
+    # The handler checks a symbolic T, when it has a value.
+    if not export.is_symbolic_dim(T) and room < T:
+        raise ValueError(
+            f"jax_gdn: `pending` must have room for T = {T} tokens; got one made with "
+            f"max_tokens={room} (R = {R} entries, window {window})."
+        )
 
 
 def _check_stack(layer: int | None, L: int, N: int) -> None:
@@ -197,7 +219,9 @@ def _dtype_hint(name: str, dtypes: Sequence[str], x: Array) -> str:
 
 def _check_sizes(name: str, axes: Sequence[str], sizes: Mapping[str, int]) -> None:
     for axis in axes:
-        if axis not in ("B", "T", "N", "L") and export.is_symbolic_dim(sizes[axis]):
+        if axis not in ("B", "T", "N", "L", "2") and export.is_symbolic_dim(
+            sizes[axis]
+        ):
             what = f"have a known {axis}, only B, T, N and L may be symbolic"
             raise ValueError(_must(name, what, sizes[axis]))
         if axis not in ("B", "N") and sizes[axis] < 1:

@@ -1,4 +1,4 @@
-"""The public function."""
+"""The public function `decode`, and how it and `decode_deferred` begin."""
 
 import functools as ft
 from typing import Any
@@ -17,7 +17,7 @@ from jax_gdn._checks import (
     check_state_dtype,
     gate_form,
 )
-from jax_gdn._operands import Operands, Settings
+from jax_gdn._operands import GIVEN_GATES, Operands, Results, Settings
 from jax_gdn._sharding import shard_auto, shard_explicit
 from jax_gdn._transformations import batched, differentiable
 
@@ -145,36 +145,50 @@ def decode(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
-    gates: dict[str, Any] = {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b}
-    form = gate_form(gates | {"g": g, "beta": beta}, lower_bound, allow_neg_eigval)
-    known_layer, layer = as_layer(layer)
+    given = {"q": q, "k": k, "v": v, "state": state, "output": output}
+    given |= {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b, "g": g, "beta": beta}
+    given |= {"state_indices": state_indices}
+    given |= {"output_state_indices": output_state_indices}
     settings = Settings(
         scale,
         use_qk_l2norm,
         state_layout,
         implementation,
-        form,
-        lower_bound,
-        allow_neg_eigval,
-        known_layer,
+        lower_bound=lower_bound,
+        allow_neg_eigval=allow_neg_eigval,
     )
+    results = run(settings, given, layer, state_dtype)
+    return results.out, results.state
+
+
+def run(
+    settings: Settings, given: dict[str, Any], layer: Any, state_dtype: Any
+) -> Results:
+    """One call, of arguments by their names."""
+    gates = ("A_log", "a", "dt_bias", "b", "g", "beta")
+    form = gate_form(
+        {name: given[name] for name in gates},
+        settings.lower_bound,
+        settings.allow_neg_eigval,
+    )
+    known_layer, layer = as_layer(layer)
+    settings = settings._replace(gate_form=form, layer=known_layer)
     check_settings(settings)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
-    if form == "given":
-        gates = {"a": as_array("g", g), "b": as_array("beta", beta)}
-    else:
-        gates = {name: as_array(name, x) for name, x in gates.items()}
-    others = {"q": q, "k": k, "v": v, "state": state, "output": output}
-    others |= {"state_indices": state_indices}
-    others |= {"output_state_indices": output_state_indices}
-    others = {name: as_array(name, x) for name, x in others.items()}
-    check_state_dtype(others["state"], state_dtype)
-    return _decode(settings, Operands(**gates, **others, layer=layer))
+    left_out = GIVEN_GATES.values() if form != "given" else gates[:4]
+    places = {gate: place for place, gate in GIVEN_GATES.items()}
+    operands = {
+        places.get(name, name): as_array(name, x)
+        for name, x in given.items()
+        if name not in left_out
+    }
+    check_state_dtype(operands["state"], state_dtype)
+    return _run(settings, Operands(**operands, layer=layer))
 
 
 @ft.partial(jax.jit, static_argnums=0)
-def _decode(settings: Settings, operands: Operands) -> tuple[Array, Array]:
+def _run(settings: Settings, operands: Operands) -> Results:
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
     axes = check_operands(operands, settings)
@@ -182,6 +196,5 @@ def _decode(settings: Settings, operands: Operands) -> tuple[Array, Array]:
         operands = operands._replace(A_log=operands.A_log.astype(jnp.float32))
     scale = operands.q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
     settings = settings._replace(axes=axes, scale=float(scale))
-    with jax.named_scope("jax_gdn.decode"):
-        out, state = _CALL(settings, operands)
-    return out, state
+    with jax.named_scope(f"jax_gdn.{settings.name}"):
+        return _CALL(settings, operands)

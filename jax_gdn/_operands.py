@@ -11,26 +11,35 @@ GATE_FORMS = ("softplus", "sigmoid", "given")
 _FLOATS = ("float32", "bfloat16", "float16")
 
 # Axes (or a choice of them) and dtypes of each argument, which the native modules have
-# in ffi/operands.h. An axis gets its size where it first appears. With `layer` a state
-# has L in front.
+# in ffi/operands.h. An axis gets its size where it first appears. States and what is
+# pending have N for B where there is a pool, and with `layer` L in front.
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "q": (("B T H K",), _FLOATS),
     "k": (("B T H K",), _FLOATS),
     "v": (("B T HV V",), _FLOATS),
-    "state": (("B HV K V", "B HV V K", "N HV K V", "N HV V K"), _FLOATS),
+    "state": (("B HV K V", "B HV V K"), _FLOATS),
     "A_log": (("HV",), _FLOATS),
     "a": (("B T HV", "B T HV K"), _FLOATS),
     "dt_bias": (("HV", "HV K"), _FLOATS),
     "b": (("B T HV",), _FLOATS),
+    "pending_k": (("B H R K",), _FLOATS),
+    "pending_u": (("B HV R V",), ("float32",)),
+    "pending_decay": (("B HV R", "B HV R K"), ("float32",)),
+    "cursors": (("B 2",), ("int32",)),
     "output": (("B T HV V",), _FLOATS),
     "state_indices": (("B",), ("int32",)),
     "output_state_indices": (("B", "B T"), ("int32",)),
+    "fold": (("B",), ("bool",)),
     "layer": (("",), ("int32",)),
 }
 GIVEN_GATES = {"a": "g", "b": "beta"}  # whose places they take
 WEIGHTS = ("A_log", "dt_bias")
 SLOTS = ("state_indices", "output_state_indices")
-OPTIONAL = ("output", *SLOTS)
+OPTIONAL = ("output", *SLOTS, "fold")
+PENDING = ("pending_k", "pending_u", "pending_decay")  # the fields of a `Pending`
+DEFERRED = (*PENDING, "cursors", "fold")  # of `decode_deferred` alone
+# What a call updates in place beside `out`.
+UPDATED = ("state", *PENDING)
 
 
 class Operands(
@@ -48,6 +57,9 @@ class Results(NamedTuple):
 
     out: Any
     state: Any
+    pending_k: Any = None  # these of `decode_deferred` alone
+    pending_u: Any = None
+    pending_decay: Any = None
 
 
 class Settings(NamedTuple):
@@ -61,6 +73,7 @@ class Settings(NamedTuple):
     lower_bound: float | None = None
     allow_neg_eigval: bool = False
     layer: int | None = None  # where it is no operand
+    window: int | None = None  # of `decode_deferred`; else the call is `decode`
     axes: Operands = Operands()  # of each operand, without batch dimensions
     num_batch_dims: int = 0  # put by vmap before B, and before L or N
 
@@ -71,6 +84,15 @@ class Settings(NamedTuple):
     @property
     def has_stack(self) -> bool:
         return self.layer is not None or self.axes.layer is not None
+
+    @property
+    def name(self) -> str:
+        return "decode" if self.window is None else "decode_deferred"
+
+    def results(self, of: Callable[[str], Any]) -> Results:
+        """Returns one thing for each result that the call has, by its name."""
+        there = Results._fields[: 2 if self.window is None else None]
+        return Results(*map(of, there))
 
     @property
     def has_batch_dims(self) -> Operands:

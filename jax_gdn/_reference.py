@@ -1,11 +1,16 @@
-"""The reference of `jax_gdn.decode`, in jnp; the formula is in its docstring."""
+"""The references, in jnp; the formula is in the docstring of `jax_gdn.decode`."""
 
+import dataclasses
 import functools as ft
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from jax_gdn._operands import PENDING
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -34,14 +39,8 @@ def reference_decode(
 ) -> tuple[Array, Array]:
     """Computes what `jax_gdn.decode` computes; see there for the arguments."""
     if layer is not None:
-        given = dict(locals(), layer=None)
-        L, N, *_ = state.shape
-        rows = jnp.arange(N, dtype=jnp.int32)
-        slots = {"state_indices": rows if state_indices is None else state_indices}
-        if output_state_indices is not None:
-            slots["output_state_indices"] = output_state_indices
-        given |= {n: slots_of_layer(layer, L, N, x) for n, x in slots.items()}
-        given["state"] = state.reshape(L * N, *state.shape[2:])
+        given: dict[str, Any] = dict(locals(), layer=None)
+        given |= one_pool(given, ["state"], layer)
         out, pool = reference_decode(**given)
         return out, pool.reshape(state.shape)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -59,7 +58,7 @@ def reference_decode(
     S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
 
     def step(S, token):
-        out, S = _decode_token(S, token, gates_of, use_qk_l2norm)
+        out, S, _ = _decode_token(S, token, gates_of, use_qk_l2norm)
         return S, (factor * out, S if every_token else None)
 
     tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in tokens]
@@ -70,11 +69,13 @@ def reference_decode(
     return out.astype(q.dtype if output is None else output.dtype), state
 
 
-def _only(x, valid):
+def _only(x, valid, axis=0):
     """The rows of x, [B, ...], that are valid, and 0 for the others; None: all are."""
     if valid is None:
         return x
-    return jnp.where(jnp.expand_dims(valid, range(1, x.ndim)), x, 0)
+    return jnp.where(
+        jnp.expand_dims(valid, [i for i in range(x.ndim) if i != axis]), x, 0
+    )
 
 
 def _read(state, slots):
@@ -82,6 +83,19 @@ def _read(state, slots):
     if state.shape[0] == 0:
         return jnp.zeros((*slots.shape, *state.shape[1:]), state.dtype)
     return state.at[slots].get(mode="fill", fill_value=0)
+
+
+def one_pool(given, names, layer):
+    """Returns the stacks among the arguments as one pool each, and a layer's slots."""
+    L, N = given[names[0]].shape[:2]
+    rows = jnp.arange(N, dtype=jnp.int32)
+    slots = {n: given[n] for n in ("state_indices", "output_state_indices")}
+    if slots["state_indices"] is None:
+        slots["state_indices"] = rows
+    slots = {
+        n: slots_of_layer(layer, L, N, x) for n, x in slots.items() if x is not None
+    }
+    return slots | {n: given[n].reshape(L * N, *given[n].shape[2:]) for n in names}
 
 
 def slots_of_layer(layer, L, N, slots):
@@ -107,20 +121,161 @@ def _gates(A_log, dt_bias, lower_bound, allow_neg_eigval, a, b):
 
 
 def _decode_token(S, token, gates_of, use_qk_l2norm):
-    """The formula: q, k [B, H, K], v [B, HV, V], a, b [B, HV], S [B, HV, K, V]."""
+    """The formula: q, k [B, H, K], v [B, HV, V], a, b [B, HV], S [B, HV, K, V].
+
+    Returns `out`, S, and what the token does to S: see `_apply`.
+    """
     q, k, v, a, b = token
+    key, k_norm = k, jnp.ones_like(k[..., :1])
     if use_qk_l2norm:
-        q, k = (x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in (q, k))
+        q, k, k_norm = q / _norm(q), k / _norm(k), _norm(k)
         # Else XLA computes norms anew for every entry of S: at B = 64 1.6 times slower
         # on a GPU, and ten times longer to compile.
         q, k = lax.optimization_barrier((q, k))
-    q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
+    q, k, k_norm = (_of_value_heads(x, v.shape[1]) for x in (q, k, k_norm))
     g, beta = gates_of(a, b)
 
-    S = (jnp.exp(g)[..., None] if g.ndim == 3 else jnp.exp(g)[..., None, None]) * S
+    decay = jnp.exp(g)
+    S = _decayed(decay, S)
     u = beta[..., None] * (v - jnp.sum(k[..., None] * S, axis=2))
     S = S + k[..., None] * u[:, :, None]
-    return jnp.sum(q[..., None] * S, axis=2), S
+    return jnp.sum(q[..., None] * S, axis=2), S, (key, u / k_norm, decay)
+
+
+def _norm(x):
+    return jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
+
+
+def _of_value_heads(x, HV):
+    """What key heads, [B, H, ...], have, for each of their value heads."""
+    return jnp.repeat(x, HV // x.shape[1], axis=1)
+
+
+def _decayed(decay, S):
+    """S times a decay a head, [B, HV], or a key channel, [B, HV, K]."""
+    return decay.reshape(*decay.shape, *[1] * (S.ndim - decay.ndim)) * S
+
+
+def _apply(S, entry):
+    """S after a pending token: k as it came, u with its norm, and the decay."""
+    k, u, decay = entry
+    k = _of_value_heads(k.astype(jnp.float32), u.shape[1])
+    return _decayed(decay, S) + k[..., None] * u[:, :, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What the rows of a deferred call do; slots are N where there is none."""
+
+    valid: Array  # [B]; the other rows are padding
+    read: Array  # [B]
+    write: Array  # [B]
+    first: Array  # [B], the oldest pending entry of the ring
+    count: Array  # [B], how many are pending
+    folds: Array  # [B], whether these are written into the state
+
+    def entries(self, ring, start, number):
+        """Indices of so many entries of a ring [N, H, R, ..], the first `start` on."""
+        after = start + jnp.arange(number, dtype=jnp.int32)[None]
+        return (self.first[:, None] + after) % ring.shape[2]
+
+    def pending(self, ring, window, empty):
+        """The pending entries, [B, window, ...]; `empty` where there is none."""
+        numbers = jnp.arange(window, dtype=jnp.int32)[None]
+        there = self.valid[:, None] & (numbers < self.count[:, None])
+        slots = jnp.where(there, self.read[:, None], ring.shape[0])
+        entries = self.entries(ring, 0, window)
+        return ring.at[slots, :, entries].get(mode="fill", fill_value=empty)
+
+    def append(self, ring, tokens):
+        """The ring with the call's tokens, [B, T, ...], behind what is pending."""
+        entries = self.entries(ring, self.count[:, None], tokens.shape[1])
+        tokens = tokens.astype(ring.dtype)
+        return ring.at[self.write[:, None], :, entries].set(tokens, mode="drop")
+
+
+def plan_rows(
+    cursors, R, window, T, state_indices=None, output_state_indices=None, fold=None
+):
+    """Returns what the rows of a call of T tokens do."""
+    N = cursors.shape[0]
+    rows = jnp.arange(N, dtype=jnp.int32)
+    reads = rows if state_indices is None else state_indices
+    writes = reads if output_state_indices is None else output_state_indices
+    there = (reads >= 0) & (reads < N)
+    first, count = _read(cursors, jnp.where(there, reads, N)).T
+    valid = there & (first >= 0) & (first < R) & (count >= 0) & (count <= window)
+    keeps = valid & (writes >= 0) & (writes < N)
+    full = (count + T > window) | (False if fold is None else fold)
+    folds = keeps & ((writes != reads) | ((count > 0) & full))
+    read, write = jnp.where(valid, reads, N), jnp.where(keeps, writes, N)
+    return Rows(valid, read, write, first, count, folds)
+
+
+def reference_decode_deferred(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Array,
+    pending: Sequence[Array],
+    cursors: Array,
+    A_log: Array | None = None,
+    a: Array | None = None,
+    dt_bias: Array | None = None,
+    b: Array | None = None,
+    scale: float | None = None,
+    output: Array | None = None,
+    use_qk_l2norm: bool = True,
+    *,
+    window: int,
+    g: Array | None = None,
+    beta: Array | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    state_layout: str = "KV",
+    layer: int | Array | None = None,
+    state_indices: Array | None = None,
+    output_state_indices: Array | None = None,
+    fold: Array | None = None,
+) -> tuple[Array, Array, list[Array]]:
+    """Computes what `jax_gdn.decode_deferred` computes: replays what is pending."""
+    if layer is not None:
+        given: dict[str, Any] = dict(locals(), layer=None)
+        stacks = dict(zip(PENDING, pending, strict=True)) | {"state": state}
+        given |= one_pool(given | stacks, list(stacks), layer)
+        given["pending"] = [given.pop(name) for name in PENDING]
+        given["cursors"] = jnp.tile(cursors, (state.shape[0], 1))
+        out, pool, rings = reference_decode_deferred(**given)
+        rings = [x.reshape(ring.shape) for x, ring in zip(rings, pending, strict=True)]
+        return out, pool.reshape(state.shape), rings
+    T, R = q.shape[1], pending[0].shape[2]
+    slots = state_indices, output_state_indices
+    rows = plan_rows(cursors, R, window, T, *slots, fold)
+    gates_of = ft.partial(_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
+    S = _read(state, rows.read).astype(jnp.float32)
+    S = S if state_layout == "KV" else S.mT
+    entries = [
+        jnp.moveaxis(rows.pending(ring, window, empty), 1, 0)
+        for ring, empty in zip(pending, (0, 0, 1), strict=True)
+    ]
+    S, _ = lax.scan(lambda S, entry: (_apply(S, entry), None), S, entries)
+    folded = (S if state_layout == "KV" else S.mT).astype(state.dtype)
+    slots = jnp.where(rows.folds, rows.write, state.shape[0])
+    state = state.at[slots].set(folded, mode="drop")
+
+    def step(S, token):
+        out, S, entry = _decode_token(S, token, gates_of, use_qk_l2norm)
+        return S, (out, entry)
+
+    tokens = [q, k, v, *([a, b] if g is None else [g, beta])]
+    tokens = [_only(jnp.moveaxis(x, 1, 0), rows.valid, 1) for x in tokens]
+    tokens = [x.astype(jnp.float32) for x in tokens]
+    _, (out, entries) = lax.scan(step, S, tokens)
+    entries = [jnp.moveaxis(x, 0, 1) for x in entries]
+    pending = [rows.append(x, new) for x, new in zip(pending, entries, strict=True)]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    out = _only(factor * jnp.moveaxis(out, 0, 1), rows.valid)
+    return out.astype(q.dtype if output is None else output.dtype), state, pending
 
 
 def scaled(A_log, x):

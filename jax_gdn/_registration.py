@@ -15,7 +15,8 @@ from jax import export
 # Targets are global to the process and stay in exported programs, so the name
 # carries the version of the call's signature. Programs of 0.2 and before call v1.
 DECODE_TARGET = "jax_gdn.decode.v2"
-_TARGETS = ("jax_gdn.decode.v1", DECODE_TARGET)
+DEFERRED_TARGET = "jax_gdn.decode_deferred.v1"
+_TARGETS = ("jax_gdn.decode.v1", DECODE_TARGET, DEFERRED_TARGET)
 
 # For `jax.export.export(..., disabled_checks=...)`: a target keeps its meaning, so a
 # program that calls it may be kept.

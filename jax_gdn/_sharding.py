@@ -17,18 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_gdn._operands import Call, Operands, Results, Settings
+from jax_gdn._reference import one_pool, plan_rows
 
 Sizes = Mapping[str, int]  # of mesh axes
 
 
 def _axes_with_batch_dims(settings: Settings, name: str) -> list[str]:
-    """Returns the axes of an operand, or of the results, `out` and `new_state`."""
-    operand = {"out": "v", "new_state": "state"}.get(name, name)
+    """Returns the axes of an operand, or of `out`; other results have their donors'."""
+    operand = "v" if name == "out" else name
     axes = getattr(settings.axes, operand)
     batch = [f"E{i}" for i in range(settings.num_batch_dims)]
     return [*batch, *axes] if getattr(settings.has_batch_dims, operand) else list(axes)
@@ -48,14 +49,14 @@ def _count(names: Iterable[str], sizes: Sizes) -> int:
 
 
 def _choose_shards(
-    settings: Settings, sizes: Sizes, arrays: Mapping[str, Any]
+    settings: Settings, sizes: Sizes, arrays: Iterable[tuple[str, Any, Any]]
 ) -> dict[str, tuple[str, ...]]:
     """Returns the mesh axes that split an axis."""
     # Any row of a pool may write any slot, so neither B nor N is split.
     free = {f"E{i}" for i in range(settings.num_batch_dims)} | {"HV"}
     free |= set() if settings.has_pool else {"B"}
     shards = {}
-    for name, (shape, spec) in arrays.items():
+    for name, shape, spec in arrays:
         axes = _axes_with_batch_dims(settings, name)
         for axis, size, entry in zip(axes, shape, spec, strict=False):
             names = tuple(_mesh_axes_of([entry]))
@@ -67,7 +68,11 @@ def _choose_shards(
 
 
 def _split(
-    settings: Settings, call: Call, sizes: Sizes, arrays: Mapping[str, Any], H: int
+    settings: Settings,
+    call: Call,
+    sizes: Sizes,
+    arrays: Iterable[tuple[str, Any, Any]],
+    H: int,
 ) -> tuple[Operands, Results, Callable[[Operands], Results]]:
     """Returns the specs of operands and results, and the call on a device's shards.
 
@@ -89,16 +94,44 @@ def _split(
             HV = operands.v.shape[-2]
             group = HV * _count(of_heads, sizes) // H
             heads = (lax.axis_index(of_groups) * HV + jnp.arange(HV)) // group
-            q, k = (
-                x.at[..., heads, :].get(mode="promise_in_bounds")
-                for x in (operands.q, operands.k)
-            )
-            operands = operands._replace(q=q, k=k)
+            # Each value head gets a key head of its own.
+            axes = {"q": -2, "k": -2, "pending_k": -3}
+            expanded = {
+                name: jnp.take(x, heads, axes[name], mode="clip")
+                for name, x in operands.items()
+                if name in axes
+            }
+            results = call(settings, operands._replace(**expanded))
+            if settings.window is None:
+                return results
+            # The ring of keys stays whole on every device, and so the same.
+            return results._replace(pending_k=_with_keys(settings, operands))
         return call(settings, operands)
 
     there = settings.axes._asdict().items()
     specs = Operands(*(None if axes is None else spec(name) for name, axes in there))
-    return specs, Results(spec("out"), spec("new_state")), on_shard
+    return specs, settings.results(spec), on_shard
+
+
+def _with_keys(settings: Settings, operands: Operands) -> Array:
+    """Returns the ring of keys after a call, of all key heads."""
+
+    def append(operands: Operands) -> Array:
+        given, ring = operands._asdict(), operands.pending_k
+        R, T = ring.shape[-2], operands.k.shape[1]
+        layer = settings.layer if operands.layer is None else operands.layer
+        if layer is not None:
+            given |= one_pool(given, ["pending_k"], layer)
+            given["cursors"] = jnp.tile(operands.cursors, (ring.shape[0], 1))
+        names = ("state_indices", "output_state_indices", "fold")
+        slots = [given[name] for name in names]
+        rows = plan_rows(given["cursors"], R, settings.window, T, *slots)
+        return rows.append(given["pending_k"], operands.k).reshape(ring.shape)
+
+    in_axes = Operands(*(0 if batch else None for batch in settings.has_batch_dims))
+    for _ in range(settings.num_batch_dims):
+        append = jax.vmap(append, (in_axes,))
+    return append(operands)
 
 
 def shard_explicit(call: Call) -> Call:
@@ -115,7 +148,7 @@ def shard_explicit(call: Call) -> Call:
         H, sizes = types["q"].shape[-2], dict(mesh.shape)
         # The state alone decides: it has to come back as it was, and the rest is small.
         in_specs, out_specs, on_shard = _split(
-            settings, call, sizes, {"state": (state.shape, state.sharding.spec)}, H
+            settings, call, sizes, [("state", state.shape, state.sharding.spec)], H
         )
         operands = jax.tree.map(
             lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
@@ -124,13 +157,13 @@ def shard_explicit(call: Call) -> Call:
         )
         if AxisType.Auto in mesh.axis_types:
             # XLA has a say too: let it split the axes of both kinds.
-            places = Results(*(NamedSharding(mesh, spec) for spec in out_specs))
+            places = jax.tree.map(ft.partial(NamedSharding, mesh), out_specs)
             auto: Any = ft.partial(
                 jax.sharding.auto_axes, axes=tuple(named), out_sharding=places
             )
-            out, new_state = auto(ft.partial(call, settings))(operands)
+            results = auto(ft.partial(call, settings))(operands)
         else:
-            out, new_state = jax.shard_map(
+            results = jax.shard_map(
                 on_shard,
                 mesh=mesh,
                 in_specs=(in_specs,),
@@ -138,8 +171,13 @@ def shard_explicit(call: Call) -> Call:
                 # By default all that a vmap has not taken away.
                 axis_names=named if mesh.manual_axes else set(),
             )(operands)
-        # A state that was split otherwise (over K, say) goes back to how it was.
-        return Results(out, jax.sharding.reshard(new_state, state.sharding))
+        # What was split otherwise (a state over K, say) goes back to how it was.
+        updated = {
+            name: jax.sharding.reshard(x, types[name].sharding)
+            for name, x in results._asdict().items()
+            if name in types
+        }
+        return results._replace(**updated)
 
     return shard_explicit
 
@@ -152,9 +190,9 @@ def shard_auto(native: Call) -> Call:
         auto = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
         if mesh.manual_axes and auto:
             raise NotImplementedError(
-                "jax_gdn.decode: inside jax.shard_map the native call needs all axes "
-                f"of the mesh to be manual; got {auto} that are not. Wrap the call in "
-                f"another jax.shard_map(..., axis_names={set(auto)})."
+                f"jax_gdn.{settings.name}: inside jax.shard_map the native call needs "
+                f"all axes of the mesh to be manual; got {auto} that are not. Wrap the "
+                f"call in another jax.shard_map(..., axis_names={set(auto)})."
             )
         if mesh.manual_axes:
             return native(settings, operands)
@@ -205,8 +243,9 @@ def _partition(settings: Settings, native: Call, context, mesh, operands, result
         else:
             mesh = Mesh(devices.reshape(context.axis_sizes), context.axis_names)
     H, sizes = operands.q.shape[-2], dict(mesh.shape)
-    given = {"new_state": results.state, "state": operands.state, "v": operands.v}
-    specs = {name: (x.shape, _spec_of(x, mesh)) for name, x in given.items()}
+    # How the new state is wanted decides first, then how the operands come.
+    given = [("state", results.state), ("state", operands.state), ("v", operands.v)]
+    specs = [(name, x.shape, _spec_of(x, mesh)) for name, x in given]
     *specs, call = _split(settings, native, sizes, specs, H)
     in_shardings, out_shardings = jax.tree.map(ft.partial(NamedSharding, mesh), specs)
     return mesh, call, out_shardings, (in_shardings,)
@@ -218,20 +257,26 @@ def _sharding_rule(settings: Settings, mesh, operands, results):
     H, HV = q.shape[-2], v.shape[-2]
     sizes: dict[str, Any] = {}
     heads = "h" if H == HV else "(h g)"
-    if any(H % size for size in mesh.shape.values()):
+    splits = list(mesh.shape.values())
+    if settings.window is not None:  # then H is an axis of a result, too
+        splits.append(math.prod(splits))
+    if any(H % size for size in splits):
         heads = "j"  # Not all splits of HV are splits of H, so they say nothing of it.
     elif H != HV:
         sizes["g"] = HV // H
 
     def factors(name: str) -> str:
         axes = _axes_with_batch_dims(settings, name)
-        return " ".join(heads if axis == "HV" else axis.lower() for axis in axes)
+        names = {"HV": heads, "2": "c"}
+        return " ".join(names.get(axis, axis.lower()) for axis in axes)
 
     rule = "{} -> {}".format(
         ", ".join(factors(name) for name, _ in settings.axes.items()),
-        ", ".join(map(factors, ("out", "new_state"))),
+        ", ".join(filter(None, settings.results(factors))),
     )
-    whole = {"t", "k", "v", "l"} | ({"b", "n"} if settings.has_pool else set())
+    whole = {"t", "k", "v", "l", "r", "c"} | (
+        {"b", "n"} if settings.has_pool else set()
+    )
     # In the order in which the rule names them first.
     ordered = tuple(n for n in dict.fromkeys(re.findall(r"\w+", rule)) if n in whole)
     return rule, {"need_replication_factors": ordered, **sizes}

@@ -62,7 +62,8 @@ def batched(call: Call) -> Call:
             inner = settings._replace(num_batch_dims=settings.num_batch_dims + 1)
             operands = _with_batch_dim(settings, axis_size, mapped, operands)
             # A mapped axis may be split over the mesh too.
-            return shard_explicit(batched)(inner, operands), Results(True, True)
+            results = shard_explicit(batched)(inner, operands)
+            return results, jax.tree.map(lambda _: True, results)
 
         return mapped_call(operands)
 
@@ -76,8 +77,8 @@ def _with_batch_dim(
     if (settings.has_pool or settings.has_stack) and not mapped.state:
         kind, by = ("stack", "layer") if settings.has_stack else ("pool", SLOTS[0])
         raise ValueError(
-            "jax_gdn.decode: under jax.vmap `state` must be mapped too where it is a "
-            f"{kind} (`{by}` is given); got one {kind} for {axis_size} mapped "
+            f"jax_gdn.{settings.name}: under jax.vmap `state` must be mapped too where "
+            f"it is a {kind} (`{by}` is given); got one {kind} for {axis_size} mapped "
             f"calls, which would each return their own. Map the {kind}, or make the "
             "mapped axis part of B."
         )

@@ -1,0 +1,304 @@
+"""`decode_deferred`: decode that leaves the states as they are, and its helpers."""
+
+import dataclasses
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, export, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_gdn._checks import check_ring
+from jax_gdn._decode import run
+from jax_gdn._operands import Settings
+from jax_gdn._reference import plan_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """Tokens that are not in the states yet: of each slot a ring of R entries.
+
+    A pytree to be donated like the states. Which entries are pending is what the
+    cursors say; what the others hold is never read.
+
+    Attributes:
+        k: Keys as they came, [N, H, R, K], in the dtype of k.
+        u: What each token adds, k u^T, with k's norm in it: [N, HV, R, V], float32.
+        decay: exp(g) of each token, [N, HV, R], or [N, HV, R, K] with a decay a key
+            channel; float32.
+        window: More tokens than these are never pending when a call begins; static.
+    """
+
+    k: Array
+    u: Array
+    decay: Array
+    window: int = dataclasses.field(metadata={"static": True})
+
+
+export.register_pytree_node_serialization(
+    Pending,
+    serialized_name="jax_gdn.Pending",
+    serialize_auxdata=lambda aux: str(*aux).encode(),
+    deserialize_auxdata=lambda data: (int(data),),
+)
+
+
+def new_pending(
+    state: Array | np.ndarray | jax.ShapeDtypeStruct,
+    num_key_heads: int,
+    *,
+    window: int = 16,
+    max_tokens: int = 1,
+    k_dtype: DTypeLike = jnp.bfloat16,
+    state_layout: str = "KV",
+    per_channel: bool = False,
+) -> Pending:
+    """Returns empty rings for states, R = window + max_tokens entries each.
+
+    Args:
+        state: States as `decode_deferred` takes them: [B, HV, K, V], a pool [N, ...] or
+            a stack of either; or their shape.
+        num_key_heads: H.
+        window: More tokens than these are never pending when a call begins. A larger
+            one writes states more seldom and reads more entries; the CUDA kernel takes
+            up to 16.
+        max_tokens: The most tokens of a call, at most `window`.
+        k_dtype: The dtype of k.
+        state_layout: "KV" or "VK".
+        per_channel: Whether there is one decay a key channel.
+
+    Raises:
+        ValueError: `max_tokens` is not from 1 to `window`, or `state_layout` unknown.
+    """
+    if not 1 <= max_tokens <= window:
+        raise ValueError(
+            f"jax_gdn: `max_tokens` must be from 1 to window = {window}; got "
+            f"{max_tokens}."
+        )
+    if state_layout not in ("KV", "VK"):
+        raise ValueError(
+            f"jax_gdn: `state_layout` must be 'KV' or 'VK'; got {state_layout!r}."
+        )
+    *slots, HV, rows, columns = state.shape
+    K, V = (rows, columns) if state_layout == "KV" else (columns, rows)
+    R = window + max_tokens
+    channels = (K,) if per_channel else ()
+    return Pending(
+        k=jnp.zeros((*slots, num_key_heads, R, K), k_dtype),
+        u=jnp.zeros((*slots, HV, R, V), jnp.float32),
+        decay=jnp.zeros((*slots, HV, R, *channels), jnp.float32),
+        window=window,
+    )
+
+
+def new_cursors(num_slots: int) -> Array:
+    """Returns cursors of slots with nothing pending: [N, 2], int32, of all layers.
+
+    A slot's are the first pending entry of its ring and how many are pending. A slot
+    that gets a new state is made ready by setting its cursors to 0.
+    """
+    return jnp.zeros((num_slots, 2), jnp.int32)
+
+
+def decode_deferred(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    state: ArrayLike,
+    pending: Pending,
+    cursors: ArrayLike,
+    A_log: ArrayLike | None = None,
+    a: ArrayLike | None = None,
+    dt_bias: ArrayLike | None = None,
+    b: ArrayLike | None = None,
+    scale: float | None = None,
+    output: ArrayLike | None = None,
+    use_qk_l2norm: bool = True,
+    *,
+    g: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    state_layout: str = "KV",
+    layer: int | ArrayLike | None = None,
+    state_dtype: DTypeLike | None = None,
+    state_indices: ArrayLike | None = None,
+    output_state_indices: ArrayLike | None = None,
+    fold: ArrayLike | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array, Pending]:
+    """Decodes T tokens, reads the states and does not write them: see `decode`.
+
+    What a token adds to a state is kept in a ring beside it, and a state is what it
+    holds decayed, plus what is pending. With G_i the decay since pending token i and G
+    that of all of them and of the token itself::
+
+        p   = G k^T S_0 + sum_i G_i (k.k_i) u_i     is exp(g) k^T S; likewise r of q
+        u   = beta (v - p)
+        out = scale (r + (q.k) u)
+        append k, u and exp(g) to the ring
+
+    A row whose count of pending tokens plus T is more than the window folds first: the
+    state takes in what is pending, in the pass that reads it, and only the call's
+    tokens are pending then. So the tokens of the last call can always be taken back, by
+    `advance_cursors(..., accepted=...)`: no snapshots.
+
+    `state` and `pending` are updated in place when they are donated. `cursors` are of
+    all layers, and the same for every layer's call of a step; after the last of them
+    the next step's are `advance_cursors(cursors, pending, T, ...)`. All transformations
+    of `decode` apply. Results are those of `decode` to rounding: bits depend on where
+    the window stands, and on nothing else but the row.
+
+    Args:
+        q: See `decode`, as for all that is not said here.
+        k: See `decode`; in the dtype of `pending.k`.
+        v: See `decode`.
+        state: States, see `decode`.
+        pending: What is pending, as `new_pending` makes it and a call returns it; of
+            at most `pending.window` tokens a slot.
+        cursors: Which entries are pending, [B, 2], or [N, 2] with `state_indices`:
+            first and count; int32. A row whose cursors are outside the ring or the
+            window is padding.
+        A_log: See `decode`.
+        a: See `decode`.
+        dt_bias: See `decode`.
+        b: See `decode`.
+        scale: See `decode`.
+        output: See `decode`.
+        use_qk_l2norm: See `decode`.
+        g: See `decode`.
+        beta: See `decode`.
+        lower_bound: See `decode`.
+        allow_neg_eigval: See `decode`.
+        state_layout: See `decode`.
+        layer: See `decode`; the rings are stacks too.
+        state_dtype: See `decode`.
+        state_indices: The slot of each row, [B]; see `decode`.
+        output_state_indices: The slot that each row writes, [B]. A row that writes
+            another slot than it reads folds into that slot, and its tokens are pending
+            there. One outside [0, N): the row leaves no trace.
+        fold: Which rows fold in any case, [B], bool: their states are then those before
+            the call's tokens, for prefix caches.
+        implementation: See `decode`. The CUDA kernel takes K = V = 128, bfloat16 q, k
+            and v, T up to 8, a window up to 16 and one decay a head.
+
+    Returns:
+        `(out, state, pending)`.
+
+    Raises:
+        ValueError, TypeError, ImportError, NotImplementedError: As `decode`; and where
+            the rings have no room for T tokens, or another shape.
+
+    Source: ReplaySSM, dao-lab.ai/blog/2026/replayssm, for the idea of keeping tokens.
+    """
+    if not isinstance(pending, Pending):
+        raise TypeError(
+            "jax_gdn: `pending` must be a jax_gdn.Pending; got "
+            f"{type(pending).__name__}. See jax_gdn.new_pending."
+        )
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "state": state, "output": output}
+    given |= {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b, "g": g, "beta": beta}
+    given |= {"pending_k": pending.k, "pending_u": pending.u}
+    given |= {"pending_decay": pending.decay, "cursors": cursors, "fold": fold}
+    given |= {"state_indices": state_indices}
+    given |= {"output_state_indices": output_state_indices}
+    settings = Settings(
+        scale,
+        use_qk_l2norm,
+        state_layout,
+        implementation,
+        lower_bound=lower_bound,
+        allow_neg_eigval=allow_neg_eigval,
+        window=pending.window,
+    )
+    results = run(settings, given, layer, state_dtype)
+    rings = Pending(
+        results.pending_k, results.pending_u, results.pending_decay, pending.window
+    )
+    return results.out, results.state, rings
+
+
+def advance_cursors(
+    cursors: Array,
+    pending: Pending,
+    num_tokens: int,
+    *,
+    state_indices: ArrayLike | None = None,
+    output_state_indices: ArrayLike | None = None,
+    fold: ArrayLike | None = None,
+    accepted: ArrayLike | None = None,
+) -> Array:
+    """Returns the cursors after calls of T tokens, one a layer, on the same rows.
+
+    Args:
+        cursors: Those of the calls, [N, 2].
+        pending: The rings of any layer.
+        num_tokens: T.
+        state_indices: As the calls had them.
+        output_state_indices: Likewise.
+        fold: Likewise.
+        accepted: How many of the T tokens are kept, [B], int32; the last ones are taken
+            back. Default: all.
+
+    Raises:
+        ValueError: The rings have no room for T tokens.
+    """
+    R = pending.k.shape[-2]
+    check_ring(pending.window, R, num_tokens)
+    slots = (
+        None if x is None else jnp.asarray(x)
+        for x in (state_indices, output_state_indices, fold)
+    )
+    rows = plan_rows(jnp.asarray(cursors), R, pending.window, num_tokens, *slots)
+    kept = num_tokens if accepted is None else jnp.asarray(accepted, jnp.int32)
+    first = jnp.where(rows.folds, (rows.first + rows.count) % R, rows.first)
+    count = jnp.where(rows.folds, 0, rows.count) + kept
+    after = jnp.stack([first, count], axis=1).astype(jnp.int32)
+    return cursors.at[rows.write].set(after, mode="drop")
+
+
+def materialize(
+    state: Array, pending: Pending, cursors: Array, *, state_layout: str = "KV"
+) -> Array:
+    """Returns the states with what is pending folded in, of every slot; pure.
+
+    The states that `decode` would have left, to rounding: for a prefix cache, to move
+    a sequence, or to go back to `decode`. Of some slots, give their rows alone:
+    `materialize(state[slots], jax.tree.map(lambda x: x[slots], pending),
+    cursors[slots])`. To go on with the states that it returns, set `cursors` to 0.
+
+    Args:
+        state: States, [N, HV, K, V] or [N, HV, V, K], or a stack of them, [L, N, ...].
+        pending: Their rings.
+        cursors: Their cursors, [N, 2], of all layers.
+        state_layout: "KV" or "VK".
+    """
+    if state.ndim == 5:
+        of_layer = ft.partial(materialize, cursors=cursors, state_layout=state_layout)
+        return jax.vmap(of_layer)(state, pending)
+    window = pending.window
+    N, H, R, _ = pending.k.shape
+    numbers = jnp.arange(window, dtype=jnp.int32)[None]
+    entries = (cursors[:, :1] + numbers) % R
+    there = numbers < cursors[:, 1:]
+    k, u, decay = (
+        jnp.where(
+            jnp.expand_dims(there, range(2, x.ndim)),
+            x[jnp.arange(N)[:, None], :, entries].astype(jnp.float32),
+            empty,
+        )
+        for x, empty in ((pending.k, 0), (pending.u, 0), (pending.decay, 1))
+    )
+    S = (state if state_layout == "KV" else state.mT).astype(jnp.float32)
+    k = jnp.repeat(k, u.shape[2] // H, axis=2)
+    if decay.ndim == 3:
+        decay = decay[..., None]
+    # Of what comes after each entry, and of all.
+    after = lax.cumprod(decay, axis=1, reverse=True)
+    S = after[:, 0, :, :, None] * S
+    after = jnp.concatenate([after[:, 1:], jnp.ones_like(after[:, :1])], axis=1)
+    S += jnp.einsum("nwhk,nwhv->nhkv", after * k, u, precision="highest")
+    return (S if state_layout == "KV" else S.mT).astype(state.dtype)
