@@ -3,11 +3,12 @@
 import re
 
 TARGET = "jax_gdn.decode.v2"
+DEFERRED_TARGET = "jax_gdn.decode_deferred.v1"
 
 
-def calls(text: str) -> int:
+def calls(text: str, target: str = TARGET) -> int:
     """Counts the native calls in compiled HLO."""
-    return text.count(f'custom_call_target="{TARGET}"')
+    return text.count(f'custom_call_target="{target}"')
 
 
 def state_aliases(text: str) -> int:

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 
 import jax_gdn
-from jax_gdn import _registration
-from jax_gdn._operands import OPTIONAL, Operands
+from jax_gdn import _operands, _registration
 from tests.cases import DTYPES, LAYOUTS, Case
 from tests.ffi_client import Array, Client
 from tests.hlo import TARGET
 from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
-REQUIRED = tuple(n for n in Operands._fields if n not in (*OPTIONAL, "layer"))
+OPTIONAL = tuple(n for n in _operands.OPTIONAL if n not in _operands.DEFERRED)
+REQUIRED = tuple(
+    name
+    for name in _operands.Operands._fields
+    if name not in (*OPTIONAL, *_operands.DEFERRED, "layer")
+)
 MODULES = ["_cpu", pytest.param("_cuda", marks=pytest.mark.cuda_build)]
 SMALL = {"B": 3, "T": 2, "H": 2, "HV": 4, "K": 64, "V": 32}
 POOL = {"N": 7, "reads": (5, -1, 2)}

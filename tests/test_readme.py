@@ -32,6 +32,7 @@ def test_pages_have_their_blocks():
     count = {name: len(blocks) for name, blocks in BLOCKS.items() if blocks}
     assert count == {
         "README.md": 1,
+        "docs/deferred.md": 3,
         "docs/models.md": 6,
         "docs/serving.md": 7,
         "docs/transformations.md": 1,
@@ -92,7 +93,21 @@ def test_scanned_layers_example(capsys, host):
     assert len(set(printed.split("sequence:")[1].split())) > 4
 
 
-@pytest.mark.parametrize("name", ["continuous_batching", "speculative_decoding"])
-def test_server_examples(name, capsys):
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+def test_continuous_batching_example(capsys):
+    path = str(ROOT / "examples" / "continuous_batching.py")
+    runpy.run_path(path, run_name="__main__")
     assert re.search(r"bitwise [a-z ]+: True", capsys.readouterr().out)
+
+
+def test_speculative_decoding_example(capsys):
+    path = str(ROOT / "examples" / "speculative_decoding.py")
+    runpy.run_path(path, run_name="__main__")
+    ways = re.findall(
+        r"(\w+): .*the tokens of one by one: (\w+); bitwise: (\w+)",
+        capsys.readouterr().out,
+    )
+    assert [way[:2] for way in ways] == [
+        ("Snapshots", "True"),
+        ("DeferredWrites", "True"),
+    ]
+    assert ways[0][2] == "True"

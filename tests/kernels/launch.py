@@ -13,6 +13,7 @@ from jax_gdn import _registration
 from jax_gdn._operands import GATE_FORMS, GIVEN_GATES
 from tests.cases import LAYOUTS, Case
 from tests.kernels import module
+from tests.oracle import deferred_rows
 from tests.ptxcheck import fault, machine
 from tests.ptxcheck.counters import Counters
 from tests.ptxcheck.lanes import Launch
@@ -24,6 +25,8 @@ from tests.ptxcheck.program import Program
 # bits does not go unnoticed.
 FIRST_ADDRESS = 0x7F00_0000_0000
 SPACING = 5 << 30
+PENDING = ("pending.k", "pending.u", "pending.decay")
+SLOTS = ("state_indices", "output_state_indices", "fold")
 
 
 @dataclasses.dataclass
@@ -52,6 +55,7 @@ def plan_decode(
     lower_bound: float | None = None,
     allow_neg_eigval=False,
     layer: int = -1,
+    window: int = 0,
 ) -> dict:
     """Asks the library for a launch; operands are (address, dtype, shape) by name."""
     form = "softplus" if lower_bound is None else "sigmoid"
@@ -69,6 +73,7 @@ def plan_decode(
         lower_bound or 0.0,
         2.0 if allow_neg_eigval else 1.0,
         layer,
+        window,
     )
 
 
@@ -86,7 +91,15 @@ def planned(case: Case, kernel: str | None = None) -> str:
     return plan["symbol"]
 
 
-def touched_slots(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def flat(inputs: Mapping) -> dict[str, np.ndarray]:
+    """A call's arrays by operand: those of `pending`, if there are, one by one."""
+    arrays = {name: x for name, x in inputs.items() if name != "pending"}
+    if "pending" in inputs:
+        arrays.update(zip(PENDING, inputs["pending"], strict=True))
+    return arrays
+
+
+def touched_slots(inputs: Mapping) -> tuple[dict, dict]:
     """Which slots of the state a call reads and which it writes, as two masks."""
     B, N = len(inputs["q"]), len(inputs["state"])
     reads = np.asarray(inputs.get("state_indices", np.arange(B)))
@@ -96,7 +109,46 @@ def touched_slots(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray
     masks = np.zeros((2, N), bool)
     masks[0, reads[live]] = True
     masks[1, written[(written >= 0) & (written < N)]] = True
-    return masks[0], masks[1]
+    return {"state": masks[0]}, {"state": masks[1]}
+
+
+def touched_entries(inputs: Mapping, window: int) -> tuple[dict, dict]:
+    """The same of a deferred call, and which entries of the rings."""
+    rings = dict(zip(PENDING, inputs["pending"], strict=True))
+    slots = {name: inputs[name] for name in SLOTS if name in inputs}
+    R, T = inputs["pending"][0].shape[2], inputs["q"].shape[1]
+    # A row whose cursors turn out to be bad has begun to read its state.
+    read = touched_slots(inputs)[0]
+    written = {"state": np.zeros_like(read["state"])}
+    for masks in (read, written):
+        masks |= {name: np.zeros(x.shape[:3], bool) for name, x in rings.items()}
+    for row in deferred_rows(inputs["cursors"], R, window, T, **slots):
+        for name in PENDING:
+            read[name][row.read][:, list(row.pending)] = True
+            if row.write is not None:
+                written[name][row.write][:, list(row.appended)] = True
+        if row.folds:
+            written["state"][row.write] = True
+    return read | {"cursors": read["state"]}, written
+
+
+def of_layer(inputs: Mapping, layer: int) -> dict:
+    """The arrays of a call of one layer of stacks."""
+    own = dict(inputs) | {"state": inputs["state"][layer]}
+    if "pending" in inputs:
+        own["pending"] = [x[layer] for x in inputs["pending"]]
+    return own
+
+
+def in_layer(inputs: Mapping, masks: Mapping, layer: int) -> dict[str, np.ndarray]:
+    """Masks of a layer's slots as those of a stack."""
+    L, stacked = len(inputs["state"]), ("state", *PENDING)
+    found = dict(masks)
+    for name in stacked:
+        if name in masks:
+            found[name] = np.zeros((L, *masks[name].shape), bool)
+            found[name][layer] = masks[name]
+    return found
 
 
 def run_plan(
@@ -113,8 +165,8 @@ def run_plan(
     Args:
       plan: Symbol, grid, block and arguments.
       buffers: What lies where. One may be a window into the operand it is named for.
-      written: By name of a buffer, which of its rows (of the first axis) the launch
-        must write whole. It must write no other row, and no other buffer.
+      written: By name of a buffer, which of its parts (a mask of the first axes) the
+        launch must write whole. It must write no other part, and no other buffer.
       program: Runs this instead of the shipped kernel of that symbol.
       approximate_by: What `machine.run` takes.
       blocks: Likewise.
@@ -145,12 +197,12 @@ def run_plan(
 
 
 def _check_written(
-    launch: Launch, memory: GlobalMemory, buffer: Buffer, rows: np.ndarray | None
+    launch: Launch, memory: GlobalMemory, buffer: Buffer, parts: np.ndarray | None
 ) -> None:
-    """Raises unless exactly these rows of a buffer were written, each whole."""
+    """Raises unless exactly these parts of a buffer were written, each whole."""
     mask = memory.written(buffer.name)
-    rows = np.zeros(1, bool) if rows is None else rows
-    expected = np.repeat(rows, len(mask) // max(1, len(rows)))
+    parts = np.zeros(1, bool) if parts is None else parts.ravel()
+    expected = np.repeat(parts, len(mask) // max(1, len(parts)))
     for kind, wrong in (
         (fault.UNWRITTEN, expected & ~mask),
         (fault.UNADDRESSED, mask & ~expected),
@@ -164,7 +216,7 @@ def _check_written(
 
 
 def decode(
-    inputs: dict[str, np.ndarray],
+    inputs: Mapping,
     *,
     scale: float | None = None,
     use_qk_l2norm: bool = True,
@@ -174,6 +226,7 @@ def decode(
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
     layer: int = -1,
+    window: int = 0,
     edit: Callable[[str], str] | None = None,
     edit_plan: Callable[[dict], dict] = lambda plan: plan,
     approximate_by: float = 0,
@@ -181,32 +234,28 @@ def decode(
 ) -> Result:
     """One `jax_gdn.decode` on the machine; `inputs` may hold slots.
 
-    Slots that the call does not read hold nothing, as far as the machine knows; those
-    that it does not write must stay unwritten. `kernel` is a symbol to take instead of
+    With a window it is a `decode_deferred`, of which `inputs` hold `pending` and
+    `cursors`, and maybe `fold`. Slots and entries that the call does not read hold
+    nothing, as far as the machine knows; those that it does not write must stay
+    unwritten. `kernel` is a symbol to take instead of
     the planned one. `edit` changes the kernel's PTX and `edit_plan` its launch, to
     plant defects. `blocks` are those to run, by number; all of them by default.
     """
-    arrays, states = dict(inputs), inputs["state"]
+    arrays = flat(inputs)
     arrays["out"] = np.zeros(inputs["v"].shape, out_dtype or inputs["q"].dtype)
-    if layer < 0:
-        read, written = touched_slots(inputs)
-    else:  # in memory a stack is one pool, of which the call touches a layer's part
-        L, N = states.shape[:2]
-        arrays["state"] = states.reshape(L * N, *states.shape[2:])
-        masks = np.zeros((2, L, N), bool)
-        masks[:, layer] = touched_slots(inputs | {"state": states[layer]})
-        read, written = masks.reshape(2, L * N)
-    initialised = {"out": False, "state": read}
+    own = inputs if layer < 0 else of_layer(inputs, layer)
+    read, written = touched_entries(own, window) if window else touched_slots(own)
+    if layer >= 0:
+        read, written = (in_layer(inputs, masks, layer) for masks in (read, written))
+    initialised = {"out": False, **read}
     buffers = [
         Buffer(
             name, FIRST_ADDRESS + number * SPACING, array, initialised.get(name, True)
         )
         for number, (name, array) in enumerate(arrays.items())
     ]
-    shapes = {name: list(x.shape) for name, x in arrays.items()}
-    shapes["state"] = list(states.shape)
     plan = plan_decode(
-        {b.name: (b.address, str(b.data.dtype), shapes[b.name]) for b in buffers},
+        {b.name: (b.address, str(b.data.dtype), list(b.data.shape)) for b in buffers},
         scale=inputs["q"].shape[-1] ** -0.5 if scale is None else scale,
         use_qk_l2norm=use_qk_l2norm,
         state_layout=state_layout,
@@ -214,13 +263,14 @@ def decode(
         lower_bound=lower_bound,
         allow_neg_eigval=allow_neg_eigval,
         layer=layer,
+        window=window,
     )
     program = None
     if edit is not None:
         text = edit(module.binary().entries[plan["symbol"]])
         program = Program(parse(text)[plan["symbol"]])
-    whole = {"out": np.ones(len(inputs["q"]), bool), "state": written}
-    result = run_plan(
+    whole = {"out": np.ones(1, bool), **written}
+    return run_plan(
         edit_plan(plan),
         buffers,
         written=whole if blocks is None else None,
@@ -228,8 +278,6 @@ def decode(
         approximate_by=approximate_by,
         blocks=blocks,
     )
-    result.arrays["state"] = result.arrays["state"].reshape(states.shape)
-    return result
 
 
 def run(case: Case, **options) -> Result:

@@ -26,6 +26,7 @@ class Instance:
     warp_rows: int  # "VK"
     single_token: bool
     per_channel: bool
+    deferred: bool
     streaming: bool
     min_blocks: int
     prefetch_distance: int
@@ -39,12 +40,14 @@ class Instance:
 
     @property
     def row_threads(self) -> int:
-        """Of a block, those that own a part of the state: not its gate warp."""
-        return self.threads - (32 if self.single_token else 0)
+        """Of a block, those that own a part of the state: not a warp beside these."""
+        return self.threads - (32 if self.single_token or self.deferred else 0)
 
     @property
     def access_bytes(self) -> int:
         """Of one access to the state."""
+        if self.deferred:
+            return 4 * self.item_bytes
         return self.columns * self.item_bytes if self.layout == "KV" else 16
 
     @property
@@ -57,7 +60,7 @@ class Instance:
         """A small call that it takes."""
         names = ("K", "layout", "state", "per_channel")
         sizes = {name: getattr(self, name) for name in names}
-        sizes["V"] = self.K if self.single_token else 64
+        sizes["V"] = self.K if self.single_token or self.deferred else 64
         return Case(**{"B": 2, "H": 1, "HV": 2, **sizes, **changes})
 
 
@@ -76,6 +79,16 @@ def instances() -> tuple[Instance, ...]:
     if why_missing():
         return ()
     return tuple(Instance(**row) for row in _registration.cuda.kernels())
+
+
+def plain() -> tuple[Instance, ...]:
+    """Those of `decode`."""
+    return tuple(one for one in instances() if not one.deferred)
+
+
+def deferred() -> tuple[Instance, ...]:
+    """Those of `decode_deferred`."""
+    return tuple(one for one in instances() if one.deferred)
 
 
 def of_symbol(symbol: str) -> Instance:

@@ -9,7 +9,7 @@ from tests.kernels import launch, module
 from tests.ptxcheck.counters import SECTOR
 
 pytestmark = pytest.mark.usefixtures("built")
-INSTANCES = module.instances()
+INSTANCES = module.plain()
 INSTANCE = pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.symbol)
 
 

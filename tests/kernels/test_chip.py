@@ -50,7 +50,7 @@ def check(case: Case, gpu) -> None:
         assert np.asarray(array).tobytes() == np.asarray(expected).tobytes(), name
 
 
-@pytest.mark.parametrize("one", module.instances(), ids=lambda one: one.symbol)
+@pytest.mark.parametrize("one", module.plain(), ids=lambda one: one.symbol)
 def test_bits_of_every_kernel(one, gpu):
     check(launch.planned_case(one, **VALUES), gpu)
 

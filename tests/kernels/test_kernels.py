@@ -21,7 +21,7 @@ from tests.ptxcheck.memory import Buffer
 from tests.ptxcheck.program import PREFETCH, SLEEP
 
 pytestmark = pytest.mark.usefixtures("built")
-INSTANCES = module.instances()
+INSTANCES = module.plain()
 SINGLE = [one for one in INSTANCES if one.single_token]
 PREFETCHING = [one for one in INSTANCES if one.prefetch_distance]
 
@@ -210,10 +210,10 @@ def test_offsets_beyond_32_bits(one):
 def test_the_table_says_who_prefetches():
     found = {
         one.symbol
-        for one in INSTANCES
+        for one in module.instances()
         if PREFETCH in {i.opcode for i in launch.shipped(one.symbol).kernel.code}
     }
-    assert found == {one.symbol for one in PREFETCHING}
+    assert found == {one.symbol for one in module.instances() if one.prefetch_distance}
 
 
 @each(PREFETCHING)

@@ -41,10 +41,12 @@ def test_as_many_blocks_are_resident_as_the_table_says(one):
 def test_accesses_are_as_wide_as_in_the_PTX(one):
     """There the machine sees that those to the state are, and are the fewest."""
     code, kernel = module.binary().sass[one.symbol], launch.shipped(one.symbol).kernel
-    assert sass.widths(code) == sass.ptx_widths(kernel)
+    found, expected = sass.widths(code), sass.ptx_widths(kernel)
+    # Of a deferred kernel, loads that both kinds of warps begin with are joined.
+    assert found <= expected if one.deferred else found == expected
 
 
-@INSTANCE
+@pytest.mark.parametrize("one", module.plain(), ids=lambda one: one.symbol)
 def test_all_state_loads_are_issued_before_anything_waits(one):
     """In the PTX, where the machine knows which they are; and ptxas delays none."""
     late = sass.late_ptx_loads(launch.shipped(one.symbol).kernel, one.access_bytes)
