@@ -4,11 +4,12 @@ A step calls `decode` once a layer; a layer's output is the next one's value. Al
 which a model computes inside its step, is the same for every layer here. The states are
 a list of arrays, one a layer; one pool in which every layer has its slots; or one
 stack, of which a call names the layer: by a number, in a step that is unrolled, or by
-the index of a scan over layers. It is stepped from Python, under JAX's default options
-and under command buffers, and looped on the device. Beside stand the kernel's own time,
-from a program that holds nothing else, a program that does nothing with the same
-arguments, which is what JAX itself takes to start one, and the share that is not the
-kernel's.
+the index of a scan over layers. Deferred writes have a list too, a ring beside each
+state, and one array of cursors for all. It is stepped from Python, under JAX's default
+options and under command buffers, and looped on the device. Beside stand the kernel's
+own time, from a program that holds nothing else, a program that does nothing with the
+same arguments, which is what JAX itself takes to start one, and the share that is not
+the kernel's.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_gdn import decode
+from jax_gdn import advance_cursors, decode, decode_deferred, new_pending
 
 from . import timing
 from .loops import COMMAND_BUFFERS, DeviceLoop
@@ -38,6 +39,9 @@ from .workload import (
 )
 
 STEPS = 20  # of the loop on the device
+# What is measured where all of it would have more states than these.
+MOST_BYTES = 70 * 10**9
+FEW = ("kernel alone", "looped, command buffers", "looped, deferred writes")
 
 
 def list_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
@@ -122,6 +126,27 @@ def rows_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
     return [stacks], x
 
 
+def deferred_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
+    """With a list, and rings of 16 tokens."""
+    ((states, rings, cursors),) = states
+    results = []
+    for state, ring in zip(states, rings, strict=True):
+        given = {**rest, "v": x, "state": state, "pending": ring, "cursors": cursors}
+        x, *updated = decode_deferred(**given, implementation="native")
+        results.append(updated)
+    cursors = advance_cursors(cursors, rings[0], 1)
+    states, rings = map(list, zip(*results, strict=True))
+    return [(states, rings, cursors)], x
+
+
+def with_rings(states: list[Any]) -> tuple[list[Any], list[Any], Any]:
+    """The states, empty rings, and cursors of rows that do not fold together."""
+    H = Config(B=1).H
+    rows = jnp.arange(states[0].shape[0], dtype=jnp.int32)
+    cursors = jnp.stack([rows * 0, rows % 16 + 1], axis=1)
+    return states, [new_pending(state, H) for state in states], cursors
+
+
 def no_step(states: list[Any], rest: Any, x: Any) -> tuple[list[Any], Any]:
     """Nothing, with the arguments of a step."""
     return states, x + 1
@@ -177,7 +202,7 @@ class Steps:
     def buffers(self) -> list[int]:
         return [
             shard.data.unsafe_buffer_pointer()
-            for state in self._states
+            for state in jax.tree.leaves(self._states)
             for shard in state.addressable_shards
         ]
 
@@ -220,6 +245,7 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
         "a scan over a stack, command buffers": (whole, scan_step, jnp.stack),
         "a scan over a stack, 8 unrolled": (graphs, unrolled, jnp.stack),
         "states as xs and ys": ({}, stacked_step, jnp.stack),
+        "deferred writes": (graphs, deferred_step, with_rings),
     }
     make: dict[str, Callable[[], Any]] = {
         "kernel alone": lambda: kernel_alone(layers, B),
@@ -237,6 +263,8 @@ def measure(layers: int, B: int, seconds: float) -> dict[str, Any]:
         "nothing, one pool": lambda: steps({}, no_step, join=jnp.concatenate),
         "nothing, a list": lambda: steps({}, no_step),
     }
+    if len(make) * layers * Config(B=B).state_bytes > MOST_BYTES:
+        make = {name: make[name] for name in FEW}
     loops = {name: build() for name, build in make.items()}
     for loop in loops.values():
         loop.run(2)

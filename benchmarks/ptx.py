@@ -179,5 +179,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    rows = [measure(one.symbol) for one in module.instances()]
+    rows = [measure(one.symbol) for one in module.plain()]
     print(f"# The kernels, without a GPU\n\n{table(rows)}\n\n{NOTES}", end="")

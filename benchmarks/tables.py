@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_report
+from .layers import FEW
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -111,6 +112,7 @@ LAYERS = {
     "a command buffer",
     "looped, a scan over a stack": "a scan over a stack, XLA's defaults",
     "looped, states as xs and ys": "a scan with the states as xs and ys",
+    "looped, deferred writes": "a list of states, writes deferred",
     "looped, none": "a list of states, no command buffers",
     "stepped, a list": "stepped from Python: a list of states",
     "stepped, a stack": "a stack, `layer` a number",
@@ -140,6 +142,54 @@ def layers(report: Report) -> str:
         if any(name in one["rows"] for one in results)
     ]
     return _table(["us a layer", *head], rows)
+
+
+def few_layers(report: Report) -> str:
+    """The rows of `layers` that are measured at any size."""
+    results = report["results"]
+    few = [{**one, "rows": {n: one["rows"][n] for n in FEW}} for one in results]
+    return layers({"results": few})
+
+
+def deferred(report: Report) -> str:
+    """`decode_deferred` over a window's cycle, us; times faster than what it replaces.
+
+    That is `decode`, and with several tokens `decode` with a snapshot after each.
+    """
+    results = report["results"]
+    batches = sorted({one["B"] for one in results})
+    forms = dict.fromkeys((x["state_dtype"], x["layout"], x["T"]) for x in results)
+    rows = []
+    for state, layout, T in sorted(
+        forms, key=lambda x: (x[2], x[0] != "float32", x[1])
+    ):
+        form = f'"{layout}", {state}, T = {T}'
+        of = {
+            one["B"]: one["rows"]
+            for one in results
+            if (one["state_dtype"], one["layout"], one["T"]) == (state, layout, T)
+        }
+        for name, text in DEFERRED.items():
+            if not any(name in timed for timed in of.values()):
+                continue
+            cells = []
+            for B in batches:
+                row = of.get(B, {}).get(name)
+                cell = _number(row and row["median_us"])
+                if row and name == "whole cycle" and "times_faster" in row:
+                    cell += f", {row['times_faster']:.2f} x"
+                cells.append(cell)
+            rows.append([f"{form}: {text}", *cells])
+    return _table(["us a call, B =", *map(str, batches)], rows)
+
+
+DEFERRED = {
+    "decode": "`decode`",
+    "snapshots": "`decode`, snapshots",
+    "whole cycle": "deferred",
+    "no row folds": "deferred, no row folds",
+    "all rows fold": "deferred, all rows fold",
+}
 
 
 def drift(report: Report) -> str:
@@ -207,12 +257,15 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "compare-host": ("host/compare", compare),
     "layers-h200": ("h200/layers", layers),
     "layers-h100": ("h100/layers", layers),
+    "layers-deferred-h200": ("h200/layers-deferred", few_layers),
     "scaling-h200": ("h200/scaling", scaling),
     "speculation-h200": ("h200/costs", speculation),
     "speculation-host": ("host/costs", speculation),
     "speculation-h100": ("h100/costs", speculation),
     "gradients-h200": ("h200/costs", gradients),
     "gradients-host": ("host/costs", gradients),
+    "deferred-h200": ("h200/deferred", deferred),
+    "deferred-h100": ("h100/deferred", deferred),
     "drift": ("host/accuracy", drift),
     "bench-host": ("host/bench", bench),
 }
