@@ -12,5 +12,5 @@ html_theme = "furo"
 html_title = f"jax_gdn {release}"
 myst_heading_anchors = 3
 autodoc_typehints = "none"
-nitpick_ignore = [("py:exc", "checkify.JaxRuntimeError")]
+nitpick_ignore = [("py:exc", "checkify.JaxRuntimeError"), ("py:class", "jax.Array")]
 autodoc_default_options = {"member-order": "bysource"}
