@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_gdn import _registration
-from tests.cases import DTYPES as TYPES
-from tests.cases import LAYOUTS
+from tests.cases import DTYPES, LAYOUTS
 from tests.oracle import OUT_TOLERANCE, assert_close, decode64
 
 from . import machine, options, roofline, timing
@@ -28,7 +27,6 @@ from .workload import WEIGHTS, Config, rows_of
 WINDOW = 16
 BATCHES = (1, 4, 8, 32, 64, 256, 512)
 PASS = "256 x 1, loads streaming, stores streaming"  # one of the fastest everywhere
-DTYPES = ("float32", "bfloat16")
 # Where the rows of a call stand in their windows.
 PHASES = ("whole cycle", "no row folds", "all rows fold")
 SNAPSHOT_BYTES = 40 * 2**30  # of a pool that fits beside the states
@@ -145,7 +143,7 @@ class Calls:
         first = np.arange(config.B) * 5 % R
         counts = counts_of(phase, config.B, config.T, start)
         return {
-            "pending.k": k.astype(TYPES["bfloat16"]),
+            "pending.k": k.astype(DTYPES["bfloat16"]),
             "pending.u": u.astype(np.float32),
             "pending.decay": np.full(u.shape[:3], 0.99, np.float32),
             "cursors": np.stack([first, counts], axis=1).astype(np.int32),
@@ -184,7 +182,7 @@ def measure(cuda: Driver, clients, passes: Any, config: Config, seconds: float) 
         graphs["snapshots"] = calls.graph(snapshots)
     for phase in PHASES:
         graphs[phase] = calls.graph(calls.deferred(phase))
-    entry_bytes = TYPES[config.state_dtype].itemsize
+    entry_bytes = DTYPES[config.state_dtype].itemsize
     launch = ft.partial(passes.launch, passes.PASSES.index(PASS))
     graphs["pass"] = calls.graph(
         lambda x: ft.partial(
@@ -219,7 +217,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = ft.partial(parser.add_argument, nargs="+")
     add("--batch", type=options.positive, default=BATCHES)
     add("--layout", choices=LAYOUTS, default=LAYOUTS)
-    add("--state-dtype", choices=DTYPES, default=DTYPES)
+    add("--state-dtype", choices=DTYPES, default=list(DTYPES))
     add("--tokens", type=options.positive, default=(1, 4, 8))
     parser.add_argument("--seconds", type=options.seconds, default=0.15, help="a group")
     parser.add_argument("--json", type=options.output_file)

@@ -184,11 +184,11 @@ def run(
         if name not in left_out
     }
     check_state_dtype(operands["state"], state_dtype)
-    return _run(settings, Operands(**operands, layer=layer))
+    return _decode(settings, Operands(**operands, layer=layer))
 
 
 @ft.partial(jax.jit, static_argnums=0)
-def _run(settings: Settings, operands: Operands) -> Results:
+def _decode(settings: Settings, operands: Operands) -> Results:
     # Everything but the call itself happens while tracing: an eager call costs what
     # a jitted one does.
     axes = check_operands(operands, settings)

@@ -249,7 +249,9 @@ def test_export_with_a_symbolic_batch():
     given = jax.tree.map(sized, (state, pending, cursors))
     of_rest = {name: sized(x, name not in weights) for name, x in rest.items()}
     exported = export.export(
-        jax.jit(step), disabled_checks=jax_gdn.DISABLE_JAX_EXPORT_CHECKS
+        jax.jit(step),
+        platforms=["cpu"],
+        disabled_checks=jax_gdn.DISABLE_JAX_EXPORT_CHECKS,
     )(*given, of_rest)
     again = export.deserialize(exported.serialize())
     assert_same_bits(again.call(state, pending, cursors, rest),
@@ -257,7 +259,10 @@ def test_export_with_a_symbolic_batch():
 
 
 def test_threads():
-    given = [call_of(2, seed=i) for i in range(4)]
+    # A default device is the thread's own.
+    given = [
+        jax.device_put(call_of(2, seed=i), jax.devices("cpu")[0]) for i in range(4)
+    ]
     want = [jax.tree.map(np.asarray, step(*one)) for one in given]
     call, got = jax.jit(step), [None] * 4
 

@@ -1,15 +1,17 @@
 """`benchmarks replay`, over a driver of host memory and the host's handler."""
 
+import argparse
 import ctypes
 import dataclasses
 import functools as ft
+import itertools
 import json
 import types
 
 import numpy as np
 import pytest
 
-from benchmarks import cuda_driver, replay, roofline, workload
+from benchmarks import cuda_driver, deferred, replay, roofline, workload
 from benchmarks.__main__ import main
 from jax_gdn import _registration
 
@@ -130,7 +132,22 @@ def test_every_kernel_is_timed(monkeypatch):
             )
         found.add(replay.symbol_of(config, operands))
     assert _registration.cuda is not None
-    assert found == {row["symbol"] for row in _registration.cuda.kernels()}
+    plain = [row for row in _registration.cuda.kernels() if not row["deferred"]]
+    assert found == {row["symbol"] for row in plain}
+
+
+@pytest.mark.cuda_build
+def test_every_deferred_kernel_is_timed():
+    """By a run of `deferred` without options."""
+    parser = argparse.ArgumentParser()
+    deferred.add_options(parser)
+    given = parser.parse_args([])
+    forms = itertools.product(given.layout, given.state_dtype, given.tokens)
+    found = {(layout, state, T == 1) for layout, state, T in forms}
+    assert _registration.cuda is not None
+    rows = [row for row in _registration.cuda.kernels() if row["deferred"]]
+    shipped = {(row["layout"], row["state"], row["single_token"]) for row in rows}
+    assert shipped == found
 
 
 def test_what_is_measured_stays_when_the_run_is_cut_off(monkeypatch, tmp_path):
