@@ -134,7 +134,7 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
     result = {}
     names = GIVEN_GATES if settings.gate_form == "given" else {}
     sizes: dict[str, int] = {"2": 2}
-    sources: dict[str, str] = {"2": ""}  # the argument that an axis has its size from
+    sources: dict[str, str] = {}  # the argument that an axis has its size from
     for place, x in operands.items():
         name = names.get(place, place)
         axes = result[place] = _axes_of(place, operands, settings)
@@ -143,9 +143,10 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
         origins = [
             f"{axis} = {sizes[axis]} from `{sources[axis]}`"
             for axis, size in zip(axes, axes if wrong else x.shape, strict=True)
-            if sizes.get(axis, size) != size
+            if axis in sources and sizes[axis] != size
         ]
-        if wrong or origins:
+        fixed = "2" in axes and not wrong and x.shape[axes.index("2")] != 2
+        if wrong or origins or fixed:
             got = f"{list(x.shape)}" + (f" ({', '.join(origins)})" if origins else "")
             hint = ""
             if name == "state":
@@ -154,13 +155,16 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
             raise ValueError(_must(name, what, got, hint))
         for axis, size in zip(axes, x.shape, strict=True):
             sizes.setdefault(axis, size)
-            sources.setdefault(axis, name)
+            sources.setdefault(axis, name.replace("pending_", "pending."))
         dtypes, dtype = ARGUMENTS[place][1], jnp.dtype(x.dtype).name
         if name == "pending_k":
             dtypes = (jnp.dtype(operands.k.dtype).name,)
         if dtype not in dtypes:
-            what = f"be {' or '.join(dtypes)}"
-            raise TypeError(_must(name, what, dtype, _dtype_hint(name, dtypes, x)))
+            what, hint = f"be {' or '.join(dtypes)}", _dtype_hint(name, dtypes, x)
+            if name == "pending_k":
+                what += ", k's dtype"
+                hint = f" Make it by new_pending(..., k_dtype=jnp.{dtypes[0]})."
+            raise TypeError(_must(name, what, dtype, hint))
         _check_sizes(name, axes, sizes)
     if "L" in sizes:
         _check_stack(settings.layer, sizes["L"], sizes.get("N", sizes["B"]))

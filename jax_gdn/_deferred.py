@@ -17,19 +17,19 @@ from jax_gdn._reference import plan_rows
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pending:
     """Tokens that are not in the states yet: of each slot a ring of R entries.
 
-    A pytree to be donated like the states. Which entries are pending is what the
-    cursors say; what the others hold is never read.
+    A pytree to be donated like the states. The cursors say which entries are pending;
+    what the others hold is never read.
 
     Attributes:
         k: Keys as they came, [N, H, R, K], in the dtype of k.
-        u: What each token adds, k u^T, with k's norm in it: [N, HV, R, V], float32.
+        u: Of each token, which adds k u^T, k as it is kept: [N, HV, R, V], float32.
         decay: exp(g) of each token, [N, HV, R], or [N, HV, R, K] with a decay a key
             channel; float32.
-        window: More tokens than these are never pending when a call begins; static.
+        window: At most so many tokens are pending when a call begins; static.
     """
 
     k: Array
@@ -62,27 +62,41 @@ def new_pending(
         state: States as `decode_deferred` takes them: [B, HV, K, V], a pool [N, ...] or
             a stack of either; or their shape.
         num_key_heads: H.
-        window: More tokens than these are never pending when a call begins. A larger
-            one writes states more seldom and reads more entries; the CUDA kernel takes
-            up to 16.
+        window: At most so many tokens are pending when a call begins. A larger one
+            writes states more seldom and reads more entries; the CUDA kernel takes up
+            to 16.
         max_tokens: The most tokens of a call, at most `window`.
-        k_dtype: The dtype of k.
+        k_dtype: The dtype of the calls' k.
         state_layout: "KV" or "VK".
         per_channel: Whether there is one decay a key channel.
 
     Raises:
-        ValueError: `max_tokens` is not from 1 to `window`, or `state_layout` unknown.
+        ValueError: `max_tokens` is not from 1 to `window`, H does not divide HV, or
+            `state_layout` is unknown.
+        TypeError: `k_dtype` is no float16, bfloat16 or float32.
     """
     if not 1 <= max_tokens <= window:
         raise ValueError(
             f"jax_gdn: `max_tokens` must be from 1 to window = {window}; got "
             f"{max_tokens}."
         )
-    if state_layout not in ("KV", "VK"):
+    _check_layout(state_layout)
+    if len(state.shape) < 4:
         raise ValueError(
-            f"jax_gdn: `state_layout` must be 'KV' or 'VK'; got {state_layout!r}."
+            "jax_gdn: `state` must have shape [B, HV, K, V], or be a pool or a stack; "
+            f"got {list(state.shape)}."
         )
     *slots, HV, rows, columns = state.shape
+    if num_key_heads < 1 or HV % num_key_heads:
+        raise ValueError(
+            f"jax_gdn: `num_key_heads` must divide HV = {HV} of `state`; got "
+            f"{num_key_heads}."
+        )
+    if jnp.dtype(k_dtype).name not in ("float32", "bfloat16", "float16"):
+        raise TypeError(
+            "jax_gdn: `k_dtype` must be float32, bfloat16 or float16; got "
+            f"{jnp.dtype(k_dtype).name}."
+        )
     K, V = (rows, columns) if state_layout == "KV" else (columns, rows)
     R = window + max_tokens
     channels = (K,) if per_channel else ()
@@ -92,6 +106,33 @@ def new_pending(
         decay=jnp.zeros((*slots, HV, R, *channels), jnp.float32),
         window=window,
     )
+
+
+def _check_layout(state_layout: str) -> None:
+    if state_layout not in ("KV", "VK"):
+        raise ValueError(
+            f"jax_gdn: `state_layout` must be 'KV' or 'VK'; got {state_layout!r}."
+        )
+
+
+def _check_pending(pending: Pending) -> None:
+    if not isinstance(pending, Pending):
+        raise TypeError(
+            "jax_gdn: `pending` must be a jax_gdn.Pending; got "
+            f"{type(pending).__name__}. See jax_gdn.new_pending."
+        )
+
+
+def _as_cursors(cursors: ArrayLike, N: int | None = None) -> Array:
+    cursors = jnp.asarray(cursors)
+    fits = cursors.ndim == 2 and cursors.shape[1] == 2 and N in (None, len(cursors))
+    if not fits or cursors.dtype != jnp.int32:
+        rows = "N" if N is None else N
+        raise ValueError(
+            f"jax_gdn: `cursors` must have shape [{rows}, 2] and be int32; got "
+            f"{list(cursors.shape)}, {cursors.dtype.name}."
+        )
+    return cursors
 
 
 def new_cursors(num_slots: int) -> Array:
@@ -130,7 +171,7 @@ def decode_deferred(
     fold: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array, Pending]:
-    """Decodes T tokens, reads the states and does not write them: see `decode`.
+    """Decodes T tokens and writes a state only when its ring is full: see `decode`.
 
     What a token adds to a state is kept in a ring beside it, and a state is what it
     holds decayed, plus what is pending. With G_i the decay since pending token i and G
@@ -149,8 +190,9 @@ def decode_deferred(
     `state` and `pending` are updated in place when they are donated. `cursors` are of
     all layers, and the same for every layer's call of a step; after the last of them
     the next step's are `advance_cursors(cursors, pending, T, ...)`. All transformations
-    of `decode` apply. Results are those of `decode` to rounding: bits depend on where
-    the window stands, and on nothing else but the row.
+    of `decode` apply. Results are those of `decode` to rounding, because sums run in
+    another order: bits depend on the row's tokens, on how many come in a call and on
+    where the window stands, and not on the batch.
 
     Args:
         q: See `decode`, as for all that is not said here.
@@ -194,11 +236,7 @@ def decode_deferred(
 
     Source: ReplaySSM, dao-lab.ai/blog/2026/replayssm, for the idea of keeping tokens.
     """
-    if not isinstance(pending, Pending):
-        raise TypeError(
-            "jax_gdn: `pending` must be a jax_gdn.Pending; got "
-            f"{type(pending).__name__}. See jax_gdn.new_pending."
-        )
+    _check_pending(pending)
     given: dict[str, Any] = {"q": q, "k": k, "v": v, "state": state, "output": output}
     given |= {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b, "g": g, "beta": beta}
     given |= {"pending_k": pending.k, "pending_u": pending.u}
@@ -233,30 +271,46 @@ def advance_cursors(
 ) -> Array:
     """Returns the cursors after calls of T tokens, one a layer, on the same rows.
 
+    To be called once a step, with the slots and the mask that the calls had: cursors
+    that are advanced otherwise stand for other tokens, and nothing can tell.
+
     Args:
         cursors: Those of the calls, [N, 2].
-        pending: The rings of any layer.
+        pending: The rings of any layer, or those that a call was given.
         num_tokens: T.
         state_indices: As the calls had them.
         output_state_indices: Likewise.
         fold: Likewise.
         accepted: How many of the T tokens are kept, [B], int32; the last ones are taken
-            back. Default: all.
+            back. Default: all. Below 0 is 0, above T is T.
 
     Raises:
-        ValueError: The rings have no room for T tokens.
+        ValueError: The rings have no room for T tokens, or a shape is wrong.
+        TypeError: A dtype is wrong.
     """
-    R = pending.k.shape[-2]
+    _check_pending(pending)
+    cursors, R = _as_cursors(cursors), pending.k.shape[-2]
     check_ring(pending.window, R, num_tokens)
-    slots = (
-        None if x is None else jnp.asarray(x)
-        for x in (state_indices, output_state_indices, fold)
-    )
-    rows = plan_rows(jnp.asarray(cursors), R, pending.window, num_tokens, *slots)
-    kept = num_tokens if accepted is None else jnp.asarray(accepted, jnp.int32)
+    given = {"state_indices": state_indices, "fold": fold}
+    given |= {"output_state_indices": output_state_indices, "accepted": accepted}
+    arrays = {name: None if x is None else jnp.asarray(x) for name, x in given.items()}
+    for name, x in arrays.items():
+        kind = jnp.bool_ if name == "fold" else jnp.integer
+        if x is not None and not jnp.issubdtype(x.dtype, kind):
+            what = "bool" if name == "fold" else "integers"
+            raise TypeError(f"jax_gdn: `{name}` must be {what}; got {x.dtype.name}.")
+        if x is not None and x.ndim != 1:
+            raise ValueError(
+                f"jax_gdn: `{name}` must have shape [B]; got {list(x.shape)}."
+            )
+    kept = arrays.pop("accepted")
+    rows = plan_rows(cursors, R, pending.window, num_tokens, **arrays)
+    kept = num_tokens if kept is None else jnp.clip(kept, 0, num_tokens)
     first = jnp.where(rows.folds, (rows.first + rows.count) % R, rows.first)
     count = jnp.where(rows.folds, 0, rows.count) + kept
     after = jnp.stack([first, count], axis=1).astype(jnp.int32)
+    if state_indices is None and output_state_indices is None:
+        return jnp.where(rows.valid[:, None], after, cursors)
     return cursors.at[rows.write].set(after, mode="drop")
 
 
@@ -276,24 +330,30 @@ def materialize(
         cursors: Their cursors, [N, 2], of all layers.
         state_layout: "KV" or "VK".
     """
+    _check_pending(pending)
+    _check_layout(state_layout)
+    cursors = _as_cursors(cursors, state.shape[-4])
     if state.ndim == 5:
         of_layer = ft.partial(materialize, cursors=cursors, state_layout=state_layout)
         return jax.vmap(of_layer)(state, pending)
-    window = pending.window
-    N, H, R, _ = pending.k.shape
-    numbers = jnp.arange(window, dtype=jnp.int32)[None]
-    entries = (cursors[:, :1] + numbers) % R
-    there = numbers < cursors[:, 1:]
-    k, u, decay = (
-        jnp.where(
-            jnp.expand_dims(there, range(2, x.ndim)),
-            x[jnp.arange(N)[:, None], :, entries].astype(jnp.float32),
-            empty,
-        )
-        for x, empty in ((pending.k, 0), (pending.u, 0), (pending.decay, 1))
-    )
+    rows = plan_rows(cursors, pending.k.shape[-2], pending.window, 1)
+    numbers = jnp.arange(pending.window, dtype=jnp.int32)[None]
+    entries = rows.entries(pending.k, 0, pending.window)
+    there = rows.valid[:, None] & (numbers < rows.count[:, None])
+
+    # Of each row by itself, so that rows on several devices wait for nobody.
+    @jax.vmap
+    def in_order(x, entries, there, empty):
+        x = jnp.moveaxis(x[:, entries], 1, 0).astype(jnp.float32)
+        return jnp.where(jnp.expand_dims(there, range(1, x.ndim)), x, empty)
+
+    def of_ring(x, empty):
+        return in_order(x, entries, there, jnp.full(len(x), empty))
+
+    k, u = of_ring(pending.k, 0.0), of_ring(pending.u, 0.0)
+    decay = of_ring(pending.decay, 1.0)
     S = (state if state_layout == "KV" else state.mT).astype(jnp.float32)
-    k = jnp.repeat(k, u.shape[2] // H, axis=2)
+    k = jnp.repeat(k, u.shape[2] // k.shape[2], axis=2)
     if decay.ndim == 3:
         decay = decay[..., None]
     # Of what comes after each entry, and of all.

@@ -203,7 +203,10 @@ def plan_rows(
     reads = rows if state_indices is None else state_indices
     writes = reads if output_state_indices is None else output_state_indices
     there = (reads >= 0) & (reads < N)
-    first, count = _read(cursors, jnp.where(there, reads, N)).T
+    # Rows that are the slots need no gather, for which devices would wait.
+    first, count = (
+        cursors if state_indices is None else _read(cursors, jnp.where(there, reads, N))
+    ).T
     valid = there & (first >= 0) & (first < R) & (count >= 0) & (count <= window)
     keeps = valid & (writes >= 0) & (writes < N)
     full = (count + T > window) | (False if fold is None else fold)

@@ -288,7 +288,8 @@ ERRORS = [
     ({"fold": np.zeros(3, bool)}, ValueError, r"`fold` must have shape \[B\] = \[4\]"),
     ({"T": 2}, ValueError, r"`pending` must have room for T = 2 tokens; got one made "
      r"with max_tokens=1 \(R = 5 entries, window 4\)"),
-    ({"k_dtype": "float32"}, TypeError, "`pending.k` must be bfloat16; got float32"),
+    ({"k_dtype": "float32"}, TypeError, "`pending.k` must be bfloat16, k's dtype; got "
+     r"float32. Make it by new_pending\(..., k_dtype=jnp.bfloat16\)"),
     ({"state_indices": np.zeros(4, np.int32),
       "output_state_indices": np.zeros((4, 1), np.int32)}, ValueError,
      r"`output_state_indices` must have shape \[B\] = \[4\]; got \[4, 1\]"),
@@ -316,14 +317,61 @@ def test_errors(changes, error, message):
         jax_gdn.decode_deferred(state=state, **given, **rest)
 
 
-def test_errors_of_the_helpers():
+HELPERS = [
+    (lambda x: jax_gdn.new_pending(x[0], 4, window=4, max_tokens=5),
+     ValueError, "`max_tokens` must be from 1 to window = 4"),
+    (lambda x: jax_gdn.new_pending(x[0], 4, state_layout="KK"),
+     ValueError, "`state_layout` must be 'KV' or 'VK'"),
+    (lambda x: jax_gdn.new_pending(x[0], 3), ValueError, "must divide HV = 8"),
+    (lambda x: jax_gdn.new_pending(x[0][0], 4), ValueError, "`state` must have shape"),
+    (lambda x: jax_gdn.new_pending(x[0], 4, k_dtype=jnp.int32), TypeError, "`k_dtype`"),
+    (lambda x: jax_gdn.advance_cursors(x[2], x[1], 2), ValueError, "room for T = 2"),
+    (lambda x: jax_gdn.advance_cursors(x[2][0], x[1], 1), ValueError, "`cursors` must"),
+    (lambda x: jax_gdn.advance_cursors(x[2], x[1].k, 1), TypeError, "`pending` must"),
+    (lambda x: jax_gdn.advance_cursors(x[2], x[1], 1, fold=jnp.zeros(4, jnp.int32)),
+     TypeError, "`fold` must be bool; got int32"),
+    (lambda x: jax_gdn.advance_cursors(x[2], x[1], 1, accepted=jnp.zeros(4)),
+     TypeError, "`accepted` must be integers; got float32"),
+    (lambda x: jax_gdn.materialize(x[0], x[1], x[2][:3]), ValueError,
+     r"`cursors` must have shape \[4, 2\] and be int32; got \[3, 2\]"),
+    (lambda x: jax_gdn.materialize(*x[:3], state_layout="V"), ValueError, "`state_l"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), HELPERS)
+def test_errors_of_the_helpers(call, error, message):
+    with pytest.raises(error, match=message):
+        call(call_of())
+
+
+def test_what_is_accepted_stays_in_the_call():
+    _, pending, _, _ = call_of(3)
+    cursors, kept = jax_gdn.new_cursors(4), jnp.array([-1, 2, 3, 7], jnp.int32)
+    after = jax_gdn.advance_cursors(cursors, pending, 3, accepted=kept)
+    assert np.asarray(after)[:, 1].tolist() == [0, 2, 3, 3]
+
+
+def test_cursors_outside_materialize_as_they_decode():
     state, pending, cursors, _ = call_of()
-    with pytest.raises(ValueError, match="`max_tokens` must be from 1 to window = 4"):
-        jax_gdn.new_pending(state, 4, window=4, max_tokens=5)
-    with pytest.raises(ValueError, match="`state_layout` must be 'KV' or 'VK'"):
-        jax_gdn.new_pending(state, 4, state_layout="KK")
-    with pytest.raises(ValueError, match="room for T = 2 tokens"):
-        jax_gdn.advance_cursors(cursors, pending, 2)
+    pending = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pending)
+    cursors = jnp.array([[0, 99], [-7, 2], [0, 0], [9, 1]], jnp.int32)
+    got = jax_gdn.materialize(state, pending, cursors)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(state))
+
+
+def test_helpers_on_a_mesh_wait_for_nobody():
+    state, pending, cursors, _ = call_of()
+    specs = specs_of_call("b", "h", "h")[:3]
+    shardings = jax.tree.map(
+        ft.partial(NamedSharding, mesh_of(AxisType.Auto)),
+        specs,
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    given = jax.device_put((state, pending, cursors), shardings)
+    advance = ft.partial(jax_gdn.advance_cursors, num_tokens=1)
+    for call, arguments in ((jax_gdn.materialize, given), (advance, given[2:0:-1])):
+        text = jax.jit(call).lower(*arguments).compile().as_text()
+        assert collectives(text) == []
 
 
 @pytest.mark.cuda_build

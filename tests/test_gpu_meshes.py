@@ -1,14 +1,21 @@
 """Meshes of real GPUs: nobody waits, nothing is copied, the bits are those of one."""
 
+import functools as ft
+
 import jax
+import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests import test_deferred_transformations as deferred
 from tests.cases import Case
-from tests.hlo import calls, collectives, copies, state_aliases
+from tests.hlo import DEFERRED_TARGET, calls, collectives, copies, state_aliases
 from tests.meshes import (
     KINDS,
+    assert_same_bits,
+    buffers,
     compile_and_run,
     host_arrays,
     label,
@@ -94,3 +101,29 @@ def test_shard_map(kind, gpus):
         out_specs=(state_spec, P("b", None, "h")),
     )
     assert_in_place(this, mesh, mapped, step(this))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("T", [1, 3])  # with 4, `out` is as large as a ring of keys
+def test_deferred_writes(T, shape, kind, gpus):
+    given = deferred.call_of(T, **SIZES, K=128, V=128)
+    with jax.default_device(gpus[0]):
+        given = jax.device_put(given, gpus[0])
+        want = jax.tree.map(np.asarray, jax.jit(deferred.step)(*given))
+    mesh = mesh_of(kind, SHAPES[shape](len(gpus)), devices=gpus)
+    shardings = jax.tree.map(
+        ft.partial(NamedSharding, mesh),
+        deferred.specs_of_call("b", "h", "h"),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    given = jax.device_put(jax.tree.map(np.asarray, given), shardings)
+    compiled = jax.jit(deferred.step, donate_argnums=(0, 1)).lower(*given).compile()
+    text, updated = compiled.as_text(), jax.tree.leaves(given[:2])
+    assert collectives(text) == []
+    assert calls(text, DEFERRED_TARGET) == 1
+    assert copies(text, given[0].sharding.shard_shape(given[0].shape)) == 0
+    where = list(map(buffers, updated))
+    got = compiled(*given)
+    assert list(map(buffers, jax.tree.leaves(got[1:]))) == where
+    assert_same_bits(got, want)
