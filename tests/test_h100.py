@@ -19,9 +19,18 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gdn
 from jax_gdn import _registration
+from tests import test_deferred_transformations as deferred
 from tests import test_stacks as stacks
 from tests.cases import Case
-from tests.hlo import TARGET, calls, collectives, copies, opcodes, state_aliases
+from tests.hlo import (
+    DEFERRED_TARGET,
+    TARGET,
+    calls,
+    collectives,
+    copies,
+    opcodes,
+    state_aliases,
+)
 from tests.meshes import KINDS, host_arrays, label, mesh_of, specs_of, split, step
 from tests.test_aliasing import CASE, PROGRAMS, SHAPE, STATE_BYTES, layers, one_step
 from tests.test_pools import BRANCHES, branching
@@ -310,3 +319,28 @@ def test_command_buffer_options_are_known(h100):
     }
     call = jax.jit(layers, donate_argnums=0, compiler_options=options)
     assert calls(call.lower(state, rest).compile().as_text()) == 12
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_deferred_writes_in_a_loop_copy_nothing(h100, T):
+    """States and rings are carried in place, and so are the cursors."""
+    given = deferred.call_of(T, K=128, V=128)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100), given
+    )
+
+    def loop(state, pending, cursors, rest):
+        def body(_, carry):
+            state, pending, cursors = carry
+            _, state, pending = deferred.step(state, pending, cursors, rest)
+            return state, pending, jax_gdn.advance_cursors(cursors, pending, T)
+
+        return lax.fori_loop(0, 5, body, (state, pending, cursors))
+
+    compiled = jax.jit(loop, donate_argnums=(0, 1, 2)).lower(*shapes).compile()
+    text = compiled.as_text()
+    assert calls(text, DEFERRED_TARGET) > 0
+    names = {"float32": "f32", "bfloat16": "bf16"}
+    for x in jax.tree.leaves(given[:2]):
+        assert copies(text, x.shape, names[x.dtype.name]) == 0
+    assert compiled.memory_analysis().temp_size_in_bytes < given[0].nbytes
