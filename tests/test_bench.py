@@ -351,7 +351,7 @@ def test_layers_keep_their_states(monkeypatch):
     monkeypatch.setattr(loops, "BYTES_A_PROGRAM", 1)
     rows = layers.measure(layers=2, B=1, seconds=0.02)["rows"]
     del rows["kernel alone"]
-    assert len(rows) == 16
+    assert len(rows) == 17
     assert all(row["buffers_stayed"] for row in rows.values())
 
 
