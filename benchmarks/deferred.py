@@ -48,7 +48,7 @@ def bytes_of(config: Config, phase: str) -> float:
     folds = np.mean(counts + config.T > WINDOW)
     entry = config.HV * (4 * config.V + 4) + config.H * 2 * config.K
     entries = config.B * (np.mean(counts) + config.T)  # read, and appended
-    return config.state_bytes * (1 + folds) + entry * entries
+    return float(config.state_bytes * (1 + folds) + entry * entries)
 
 
 def states64(config: Config, state: np.ndarray, ring: dict) -> np.ndarray:
