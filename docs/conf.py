@@ -12,5 +12,8 @@ html_theme = "furo"
 html_title = f"jax_gdn {release}"
 myst_heading_anchors = 3
 autodoc_typehints = "none"
-nitpick_ignore = [("py:exc", "checkify.JaxRuntimeError"), ("py:class", "jax.Array")]
+nitpick_ignore = [("py:exc", "checkify.JaxRuntimeError")]
+nitpick_ignore_regex = [
+    ("py:class", r"jax\..*Array")
+]  # where it is, JAX's versions differ
 autodoc_default_options = {"member-order": "bysource"}
