@@ -13,7 +13,6 @@ html_title = f"jax_gdn {release}"
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 nitpick_ignore = [("py:exc", "checkify.JaxRuntimeError")]
-nitpick_ignore_regex = [
-    ("py:class", r"jax\..*Array")
-]  # where it is, JAX's versions differ
+# Where it is, versions of JAX differ.
+nitpick_ignore_regex = [("py:class", r"jax\..*Array")]
 autodoc_default_options = {"member-order": "bysource"}
