@@ -130,8 +130,18 @@ PER_CHANNEL = [
 ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        pytest.param(
+            *(case, implementation),
+            marks=[pytest.mark.slow] * (implementation == "xla" and i > 2),
+            id=f"{case.id}-{implementation}",
+        )
+        for i, case in enumerate(FORMS)
+        for implementation in IMPLEMENTATIONS
+    ],
+)
 @ON_HOST
 def test_float64(case, implementation):
     """Rows at different counts, a part of each draft taken back."""
@@ -179,7 +189,9 @@ def run_pool(case: Case, implementation: str, steps: int) -> None:
 POOL_CASES = [case_of(N=7, T=T, layout=layout) for T, layout in ((1, "KV"), (3, "VK"))]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation", ["native", pytest.param("xla", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", POOL_CASES, ids=lambda case: case.id)
 @ON_HOST
 def test_pool(case, implementation):

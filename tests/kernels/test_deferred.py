@@ -74,7 +74,9 @@ def test_float64(one, call):
 
 
 @calls([0, 4])
-@pytest.mark.parametrize("approximate_by", [-1, 1])
+@pytest.mark.parametrize(
+    "approximate_by", [-1, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_float64_whatever_a_chip_rounds(one, call, approximate_by):
     """At both ends of what tensor cores and .approx instructions may answer."""
     run_call(one, call, approximate_by=approximate_by)
