@@ -179,13 +179,14 @@ class Rows:
         after = start + jnp.arange(number, dtype=jnp.int32)[None]
         return (self.first[:, None] + after) % ring.shape[2]
 
-    def pending(self, ring, window, empty):
-        """The pending entries, [B, window, ...]; `empty` where there is none."""
+    def pending(self, ring, empty, window):
+        """The pending entries, [window, B, ...]; `empty` where there is none."""
         numbers = jnp.arange(window, dtype=jnp.int32)[None]
         there = self.valid[:, None] & (numbers < self.count[:, None])
         slots = jnp.where(there, self.read[:, None], ring.shape[0])
         entries = self.entries(ring, 0, window)
-        return ring.at[slots, :, entries].get(mode="fill", fill_value=empty)
+        pending = ring.at[slots, :, entries].get(mode="fill", fill_value=empty)
+        return jnp.moveaxis(pending, 1, 0)
 
     def append(self, ring, tokens):
         """The ring with the call's tokens, [B, T, ...], behind what is pending."""
@@ -252,15 +253,13 @@ def reference_decode_deferred(
         rings = [x.reshape(ring.shape) for x, ring in zip(rings, pending, strict=True)]
         return out, pool.reshape(state.shape), rings
     T, R = q.shape[1], pending[0].shape[2]
+    gates: Any = [a, b] if g is None else [g, beta]
     slots = state_indices, output_state_indices
     rows = plan_rows(cursors, R, window, T, *slots, fold)
     gates_of = ft.partial(_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
     S = _read(state, rows.read).astype(jnp.float32)
     S = S if state_layout == "KV" else S.mT
-    entries = [
-        jnp.moveaxis(rows.pending(ring, window, empty), 1, 0)
-        for ring, empty in zip(pending, (0, 0, 1), strict=True)
-    ]
+    entries = [rows.pending(*x, window) for x in zip(pending, (0, 0, 1), strict=True)]
     S, _ = lax.scan(lambda S, entry: (_apply(S, entry), None), S, entries)
     folded = (S if state_layout == "KV" else S.mT).astype(state.dtype)
     slots = jnp.where(rows.folds, rows.write, state.shape[0])
@@ -270,9 +269,8 @@ def reference_decode_deferred(
         out, S, entry = _decode_token(S, token, gates_of, use_qk_l2norm)
         return S, (out, entry)
 
-    tokens = [q, k, v, *([a, b] if g is None else [g, beta])]
-    tokens = [_only(jnp.moveaxis(x, 1, 0), rows.valid, 1) for x in tokens]
-    tokens = [x.astype(jnp.float32) for x in tokens]
+    tokens = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, *gates)]
+    tokens = [_only(x, rows.valid, 1).astype(jnp.float32) for x in tokens]
     _, (out, entries) = lax.scan(step, S, tokens)
     entries = [jnp.moveaxis(x, 0, 1) for x in entries]
     pending = [rows.append(x, new) for x, new in zip(pending, entries, strict=True)]
