@@ -28,6 +28,11 @@ _CALL = differentiable(
     shard_explicit(batched(by_platform(shard_auto(native), reference))),
     shard_explicit(reference),
 )
+# Arguments of the public functions that are settings as they are.
+_STATIC = (
+    *("scale", "use_qk_l2norm", "state_layout", "implementation"),
+    *("lower_bound", "allow_neg_eigval"),
+)
 
 
 def decode(
@@ -145,34 +150,21 @@ def decode(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; with one
     decay a key channel, Kimi Delta Attention, arXiv:2510.26692.
     """
-    given = {"q": q, "k": k, "v": v, "state": state, "output": output}
-    given |= {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b, "g": g, "beta": beta}
-    given |= {"state_indices": state_indices}
-    given |= {"output_state_indices": output_state_indices}
-    settings = Settings(
-        scale,
-        use_qk_l2norm,
-        state_layout,
-        implementation,
-        lower_bound=lower_bound,
-        allow_neg_eigval=allow_neg_eigval,
-    )
-    results = run(settings, given, layer, state_dtype)
+    results = run(locals())
     return results.out, results.state
 
 
-def run(
-    settings: Settings, given: dict[str, Any], layer: Any, state_dtype: Any
-) -> Results:
-    """One call, of arguments by their names."""
+def run(arguments: dict[str, Any], window: int | None = None) -> Results:
+    """One call, of a public function's arguments by their names."""
+    static = {name: arguments[name] for name in _STATIC}
     gates = ("A_log", "a", "dt_bias", "b", "g", "beta")
     form = gate_form(
-        {name: given[name] for name in gates},
-        settings.lower_bound,
-        settings.allow_neg_eigval,
+        {name: arguments[name] for name in gates},
+        arguments["lower_bound"],
+        arguments["allow_neg_eigval"],
     )
-    known_layer, layer = as_layer(layer)
-    settings = settings._replace(gate_form=form, layer=known_layer)
+    known_layer, layer = as_layer(arguments["layer"])
+    settings = Settings(**static, gate_form=form, layer=known_layer, window=window)
     check_settings(settings)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
@@ -180,10 +172,10 @@ def run(
     places = {gate: place for place, gate in GIVEN_GATES.items()}
     operands = {
         places.get(name, name): as_array(name, x)
-        for name, x in given.items()
-        if name not in left_out
+        for name, x in arguments.items()
+        if name not in (*_STATIC, "layer", "state_dtype", *left_out)
     }
-    check_state_dtype(operands["state"], state_dtype)
+    check_state_dtype(operands["state"], arguments["state_dtype"])
     return _decode(settings, Operands(**operands, layer=layer))
 
 

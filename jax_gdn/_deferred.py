@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools as ft
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_gdn._checks import check_ring
 from jax_gdn._decode import run
-from jax_gdn._operands import Settings
 from jax_gdn._reference import plan_rows
 
 
@@ -236,23 +234,10 @@ def decode_deferred(
 
     Source: ReplaySSM, dao-lab.ai/blog/2026/replayssm, for the idea of keeping tokens.
     """
-    _check_pending(pending)
-    given: dict[str, Any] = {"q": q, "k": k, "v": v, "state": state, "output": output}
-    given |= {"A_log": A_log, "a": a, "dt_bias": dt_bias, "b": b, "g": g, "beta": beta}
-    given |= {"pending_k": pending.k, "pending_u": pending.u}
-    given |= {"pending_decay": pending.decay, "cursors": cursors, "fold": fold}
-    given |= {"state_indices": state_indices}
-    given |= {"output_state_indices": output_state_indices}
-    settings = Settings(
-        scale,
-        use_qk_l2norm,
-        state_layout,
-        implementation,
-        lower_bound=lower_bound,
-        allow_neg_eigval=allow_neg_eigval,
-        window=pending.window,
-    )
-    results = run(settings, given, layer, state_dtype)
+    arguments = locals()
+    _check_pending(arguments.pop("pending"))
+    arguments |= {"pending_k": pending.k, "pending_u": pending.u}
+    results = run(arguments | {"pending_decay": pending.decay}, pending.window)
     rings = Pending(
         results.pending_k, results.pending_u, results.pending_decay, pending.window
     )
