@@ -17,7 +17,8 @@ import numpy as np
 
 from jax_gdn import _registration
 from tests.cases import DTYPES, LAYOUTS
-from tests.oracle import OUT_TOLERANCE, assert_close, decode64
+from tests.ffi_client import plain_attributes
+from tests.oracle import OUT_TOLERANCE, assert_close, deferred64
 
 from . import machine, options, roofline, timing
 from .cuda_driver import Buffer, Driver, Graph, StreamClient
@@ -49,21 +50,6 @@ def bytes_of(config: Config, phase: str) -> float:
     entry = config.HV * (4 * config.V + 4) + config.H * 2 * config.K
     entries = config.B * (np.mean(counts) + config.T)  # read, and appended
     return float(config.state_bytes * (1 + folds) + entry * entries)
-
-
-def states64(config: Config, state: np.ndarray, ring: dict) -> np.ndarray:
-    """The states with what is pending folded in."""
-    states = np.array(state, np.float64)
-    k, u = (np.array(ring[f"pending.{name}"], np.float64) for name in "ku")
-    for n, (first, count) in enumerate(ring["cursors"]):
-        for i in range(count):
-            at = (first + i) % k.shape[2]
-            keys = np.repeat(k[n, :, at], config.HV // config.H, axis=0)
-            added = keys[:, :, None] * u[n, :, at][:, None]
-            added = added if config.layout == "KV" else added.swapaxes(1, 2)
-            decay = ring["pending.decay"][n, :, at][:, None, None]
-            states[n] = decay * states[n] + added
-    return states
 
 
 class Calls:
@@ -100,17 +86,8 @@ class Calls:
             for n, x in self._inputs.items()
         ]
         out = self.put(np.zeros_like(self._inputs["v"]))
-        attributes = {
-            "scale": np.float32(self.config.K**-0.5),
-            "use_qk_l2norm": np.bool_(True),
-            "state_layout": np.int32(LAYOUTS.index(self.config.layout)),
-            "optional_operands": np.int32(0),
-            "gates": np.int32(0),
-            "lower_bound": np.float32(0),
-            "beta_scale": np.float32(1),
-            "layer": np.int32(-1),
-            **attributes,
-        }
+        config = self.config
+        attributes = plain_attributes(config.K, config.layout) | attributes
 
         def enqueue() -> None:
             given = [*operands, *others], [out, state, *results]
@@ -166,9 +143,14 @@ class Calls:
             enqueue, out = self._deferred(phase, self.put(self._inputs["state"]))
             enqueue()
             self._cuda.StreamSynchronize(self._cuda.stream)
-            states = states64(self.config, self._inputs["state"], self.ring(phase))
-            given = self._inputs | {"state": states}
-            want, _ = decode64(**given, state_layout=self.config.layout)
+            *pending, cursors = self.ring(phase).values()
+            want, _, _ = deferred64(
+                **self._inputs,
+                pending=pending,
+                cursors=cursors,
+                window=WINDOW,
+                state_layout=self.config.layout,
+            )
             try:
                 assert_close(out.last(self._rows), want, OUT_TOLERANCE, "out")
             except AssertionError as error:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_gdn import _registration
 from tests.cases import DTYPES, LAYOUTS, SIZES
+from tests.ffi_client import plain_attributes
 
 from . import machine, options, roofline, timing
 from .cuda_driver import Buffer, Driver, Graph, StreamClient
@@ -80,16 +81,7 @@ class Replay:
         order = [operands[name] for name in inputs if name != "output"]
         out = self._buffer(np.zeros_like(inputs.get("output", inputs["v"])))
         symbol = symbol_of(config, {**operands, "out": out})
-        attributes = {
-            "scale": np.float32(config.K**-0.5),
-            "use_qk_l2norm": np.bool_(True),
-            "state_layout": np.int32(LAYOUTS.index(config.layout)),
-            "optional_operands": np.int32(0),
-            "gates": np.int32(0),
-            "lower_bound": np.float32(0),
-            "beta_scale": np.float32(1),
-            "layer": np.int32(-1),
-        }
+        attributes = plain_attributes(config.K, config.layout)
 
         def enqueue() -> None:
             if error := self._decode.call(order, [out, state], attributes):

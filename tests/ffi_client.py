@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.cases import LAYOUTS
+
 DTYPES = {  # XLA_FFI_DataType
     "bool": 1,
     "int8": 2,
@@ -82,6 +84,22 @@ class Array:
         self.address = data if isinstance(data, int) else data.ctypes.data
         self.dtype = str(of.dtype if dtype is None else dtype)
         self.shape = of.shape if shape is None else shape
+
+
+def plain_attributes(
+    K: int, state_layout: str, optional_operands: int = 0
+) -> dict[str, Any]:
+    """Returns what XLA hands over beside the buffers of a plain call of `decode`."""
+    return {
+        "scale": np.float32(K**-0.5),
+        "use_qk_l2norm": np.bool_(True),
+        "state_layout": np.int32(LAYOUTS.index(state_layout)),
+        "optional_operands": np.int32(optional_operands),
+        "gates": np.int32(0),
+        "lower_bound": np.float32(0),
+        "beta_scale": np.float32(1),
+        "layer": np.int32(-1),
+    }
 
 
 class Client:

@@ -11,7 +11,7 @@ import pytest
 import jax_gdn
 from jax_gdn import _operands, _registration
 from tests.cases import DTYPES, LAYOUTS, Case
-from tests.ffi_client import Array, Client
+from tests.ffi_client import Array, Client, plain_attributes
 from tests.hlo import TARGET
 from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
@@ -39,16 +39,7 @@ def client_of(module: str, **options) -> Client:
 
 def attributes_of(case: Case, names) -> dict:
     bits = sum(1 << i for i, name in enumerate(OPTIONAL) if name in names)
-    return {
-        "scale": np.float32(case.K**-0.5),
-        "use_qk_l2norm": np.bool_(True),
-        "state_layout": np.int32(LAYOUTS.index(case.layout)),
-        "optional_operands": np.int32(bits),
-        "gates": np.int32(0),
-        "lower_bound": np.float32(0),
-        "beta_scale": np.float32(1),
-        "layer": np.int32(-1),
-    }
+    return plain_attributes(case.K, case.layout, bits)
 
 
 def call_of(case: Case) -> tuple[list, list, dict]:
