@@ -321,18 +321,21 @@ def test_command_buffer_options_are_known(h100):
     assert calls(call.lower(state, rest).compile().as_text()) == 12
 
 
-@pytest.mark.parametrize("T", [1, 3])
-def test_deferred_writes_in_a_loop_copy_nothing(h100, T):
+@pytest.mark.parametrize(("T", "stack"), [(1, None), (3, None), (2, 2)])
+def test_deferred_writes_in_a_loop_copy_nothing(h100, T, stack):
     """States and rings are carried in place, and so are the cursors."""
-    given = deferred.call_of(T, K=128, V=128)
+    given = deferred.call_of(T, layers=stack, K=128, V=128)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100), given
     )
 
     def loop(state, pending, cursors, rest):
-        def body(_, carry):
+        def body(i, carry):
             state, pending, cursors = carry
-            _, state, pending = deferred.step(state, pending, cursors, rest)
+            layer = None if stack is None else i % stack
+            _, state, pending = deferred.step(
+                state, pending, cursors, rest, layer=layer
+            )
             return state, pending, jax_gdn.advance_cursors(cursors, pending, T)
 
         return lax.fori_loop(0, 5, body, (state, pending, cursors))
