@@ -9,8 +9,9 @@ import pytest
 
 import jax_gdn
 from jax_gdn import _registration
+from tests import test_deferred_transformations as deferred
 from tests.cases import Case
-from tests.hlo import TARGET
+from tests.hlo import DEFERRED_TARGET, TARGET
 
 ODD = Case(K=96, V=40)
 
@@ -68,6 +69,41 @@ def test_fallback_names_its_reason(platform, case, reason):
     with pytest.raises(NotImplementedError, match=re.escape(reason)) as error:
         lower(platform, case, implementation="native")
     assert 'implementation="xla"' in str(error.value)
+
+
+def lower_deferred(platform: str, implementation=None, **sizes) -> str:
+    call = jax.jit(lambda *x: deferred.step(*x, implementation=implementation))
+    traced = call.trace(*deferred.call_of(**sizes))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("platform", "size"), [("cpu", 24), pytest.param("cuda", 128, marks=CUDA_BUILD)]
+)
+@pytest.mark.parametrize("implementation", [None, "native"])
+def test_native_platforms_of_deferred_writes(platform, size, implementation):
+    text = lower_deferred(platform, implementation, K=size, V=size)
+    assert f"@{DEFERRED_TARGET}" in text
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"),
+    [
+        ("tpu", "there is no native kernel for tpu"),
+        pytest.param(
+            "cuda",
+            "the CUDA kernel of decode_deferred takes K = V = 128; got K = 64, V = 128",
+            marks=CUDA_BUILD,
+        ),
+    ],
+)
+def test_deferred_writes_fall_back_with_their_reason(platform, reason):
+    message = f"jax_gdn.decode_deferred falls back to the reference: {reason}"
+    with pytest.warns(UserWarning, match=re.escape(message)) as warned:
+        assert "custom_call" not in lower_deferred(platform, K=64, V=128)
+    assert len(warned) == 1
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        lower_deferred(platform, "native", K=64, V=128)
 
 
 @CUDA_BUILD
