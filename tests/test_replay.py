@@ -7,6 +7,7 @@ import functools as ft
 import itertools
 import json
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -37,6 +38,13 @@ class Driver:
 
     def MemcpyDtoH_v2(self, data, start, size):
         ctypes.memmove(data, start.value, size.value)
+
+
+class Idle:
+    """A handler that does nothing."""
+
+    def call(self, operands, results, attributes):
+        return None
 
 
 class Handler(cuda_driver.StreamClient):
@@ -93,16 +101,40 @@ def test_graphs_hold_calls_over_all_states_in_turn(form, monkeypatch):
 
 
 def test_wrong_result_is_refused_before_timing(monkeypatch):
-    class Idle(Handler):
-        def call(self, operands, results, attributes):
-            return None
-
     config = workload.Config(2, K=64, V=64)
     monkeypatch.setattr(workload, "COLD_BYTES", 1)
     monkeypatch.setattr(replay, "symbol_of", lambda *_: "some kernel")
     run = replay.Replay(Driver(), Idle(), None, config)
     with pytest.raises(ArithmeticError, match="some kernel: out"):
         run.decode(config)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("layout", "T"), [("KV", 1), ("VK", 4)])
+def test_deferred_calls_are_checked_before_timing(layout, T, monkeypatch):
+    monkeypatch.setattr(workload, "COLD_BYTES", 1)
+    config = workload.Config(8, T=T, K=64, V=64, layout=layout)
+    handler = _registration.cpu.handlers()[_registration.DEFERRED_TARGET]["execute"]
+    client = cuda_driver.StreamClient(handler, Driver.stream)
+    deferred.Calls(Driver(), {"deferred": client}, config).verify()
+    with pytest.raises(ArithmeticError, match="out"):
+        deferred.Calls(Driver(), {"deferred": Idle()}, config).verify()
+
+
+@pytest.mark.parametrize("T", [1, 4, 8])
+def test_rows_stand_where_a_server_leaves_them(T):
+    """In the calls of a whole cycle: as often as they do over many windows."""
+    served, count, window = Counter(), T, deferred.WINDOW
+    for _ in range(30 * window):
+        served[count] += 1
+        count = T if count + T > window else count + T
+    rows = Counter(deferred.counts_of("whole cycle", window, T).tolist())
+    assert rows.keys() == served.keys()
+    assert len(set(rows.values())) == 1
+    assert max(served.values()) - min(served.values()) <= 1
+    for phase, folds in (("no row folds", False), ("all rows fold", True)):
+        counts = deferred.counts_of(phase, window, T)
+        assert {n + T > window for n in counts.tolist()} == {folds}
 
 
 @ft.cache
