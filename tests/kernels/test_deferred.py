@@ -8,7 +8,13 @@ import pytest
 from tests.kernels import launch, module
 from tests.kernels.deferred import Row, inputs_of, rows_of
 from tests.kernels.launch import PENDING
-from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, deferred64
+from tests.oracle import (
+    OUT_TOLERANCE,
+    STATE_TOLERANCE,
+    assert_close,
+    deferred64,
+    deferred_rows,
+)
 from tests.ptxcheck.counters import SECTOR
 
 pytestmark = pytest.mark.usefixtures("built")
@@ -162,6 +168,57 @@ def test_bank_conflicts(one):
     else:
         allowed = 32 + 64 * (one.layout == "KV")
     assert conflicts == allowed * x * y * z
+
+
+def bits_of(arrays: dict, row: int, inputs: dict, tokens: slice) -> list[bytes]:
+    """What a row leaves: `out`, its state, and what its tokens append."""
+    T, R = inputs["q"].shape[1], inputs["pending"][0].shape[2]
+    slots = {name: inputs[name] for name in launch.SLOTS}
+    done = deferred_rows(inputs["cursors"], R, WINDOW, T, **slots)[row]
+    entries = [done.write, slice(None), list(done.appended[tokens])]
+    left = [arrays["out"][row, tokens], arrays["state"][done.write]]
+    left += [arrays[name][tuple(entries)] for name in PENDING]
+    return [x.tobytes() for x in left]
+
+
+WINDOW = 16
+EVERY = slice(None)
+ROWS = [Row(0), Row(9, first=-2), Row(16), Row(5, fold=True)]
+
+
+@EACH
+def test_a_row_alone_has_the_same_bits(one):
+    T = 1 if one.single_token else 3
+    inputs = inputs_of(one.case(T=T), ROWS, WINDOW, WINDOW + T)
+    options = {"scale": 0.1, "window": WINDOW, "state_layout": one.layout}
+    options["kernel"] = one.symbol
+    together = launch.decode(inputs, **options).arrays
+    of_rows = ("q", "k", "v", "a", "b", *launch.SLOTS)
+    for n in range(len(ROWS)):
+        own = inputs | {name: inputs[name][n : n + 1] for name in of_rows}
+        alone = launch.decode(own, **options).arrays
+        left = bits_of(alone, 0, own, EVERY)
+        assert left == bits_of(together, n, inputs, EVERY)
+
+
+@pytest.mark.parametrize(
+    "one", [x for x in INSTANCES if not x.single_token], ids=lambda one: one.symbol
+)
+def test_later_tokens_change_no_bit_of_earlier_ones(one):
+    """Nor of a state: what is taken back may hold anything."""
+    T, kept = 4, 2
+    inputs = inputs_of(one.case(T=T), ROWS, WINDOW, WINDOW + T)
+    options = {"scale": 0.1, "window": WINDOW, "state_layout": one.layout}
+    options["kernel"] = one.symbol
+    first = launch.decode(inputs, **options).arrays
+    changed = {name: inputs[name].copy() for name in ("q", "k", "v", "a", "b")}
+    for x in changed.values():
+        x[:, kept:] = np.nan
+    again = launch.decode(inputs | changed, **options).arrays
+    assert np.isnan(again["out"][:, kept:]).all()
+    for n in range(len(ROWS)):
+        left = bits_of(again, n, inputs, slice(kept))
+        assert left == bits_of(first, n, inputs, slice(kept))
 
 
 def test_a_layer_of_stacks_is_what_it_is_alone():
