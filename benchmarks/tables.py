@@ -154,7 +154,8 @@ def few_layers(report: Report) -> str:
 def deferred(report: Report) -> str:
     """`decode_deferred` over a window's cycle, us; times faster than what it replaces.
 
-    That is `decode`, and with several tokens `decode` with a snapshot after each.
+    That is `decode`, and with several tokens `decode` with a snapshot after each. The
+    percentage is of the roofline of the call's own bytes.
     """
     results = report["results"]
     batches = sorted({one["B"] for one in results})
@@ -178,6 +179,7 @@ def deferred(report: Report) -> str:
                 cell = _number(row and row["median_us"])
                 if row and name == "whole cycle" and "times_faster" in row:
                     cell += f", {row['times_faster']:.2f} x"
+                    cell += f", {row['of_roofline']:.0%}"
                 cells.append(cell)
             rows.append([f"{form}: {text}", *cells])
     return _table(["us a call, B =", *map(str, batches)], rows)
