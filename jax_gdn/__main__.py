@@ -81,7 +81,7 @@ def _info() -> tuple[dict[str, str], int]:
         "jax_gdn": jax_gdn.__version__,
         "jax, jaxlib": f"{jax.__version__}, {jaxlib.version.__version__}",
         "XLA FFI": "jaxlib speaks {}.{}".format(*_registration.runtime_ffi_version()),
-        "target": _registration.DECODE_TARGET,
+        "targets": f"{_registration.DECODE_TARGET}, {_registration.DEFERRED_TARGET}",
         "host module": _module_text(cpu, host),
         "CUDA module": (cuda and _module_text(cuda, kernels)) or "not in this build",
     }

@@ -36,7 +36,7 @@ def test_info_as_a_module(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert f"jax_gdn  {jax_gdn.__version__}" in result.stdout
-    assert "jax_gdn.decode.v2" in result.stdout
+    assert "jax_gdn.decode.v2, jax_gdn.decode_deferred.v1" in result.stdout
     cuda = "not in this build"
     if _registration.cuda is not None:
         cuda = (
