@@ -208,7 +208,7 @@ def test_shard_map():
     assert_same_bits(run_in_place(compiled, *given, first=1), want)
 
 
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("fold", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_are_those_of_the_reference(fold):
     state, pending, cursors, rest = call_of(2, B=2, H=1, HV=2, K=4, V=3, q="float32",
                                             k="float32", v="float32", a="float32",

@@ -169,6 +169,7 @@ def test_value_comes_from_the_kernel():
     assert value == jax.jit(ft.partial(loss, case))(arrays)
 
 
+@pytest.mark.slow
 def test_derivative_in_one_argument_only():
     """The others stand still: indices too, which have no derivative."""
     case = FORMS[3]
@@ -179,6 +180,7 @@ def test_derivative_in_one_argument_only():
         assert_near(one(arrays[name]), every[name])
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     case = FORMS[0]
     arrays = jax.tree.map(jnp.asarray, case.inputs())

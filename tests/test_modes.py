@@ -63,9 +63,8 @@ def leaks():
         yield
 
 
-@pytest.mark.parametrize(
-    "implementation", ["native", pytest.param("xla", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["native", "xla"])
 @pytest.mark.usefixtures("leaks", "host")
 def test_no_tracer_leaks(implementation):
     arrays = {n: jnp.asarray(x) for n, x in (CASE.inputs() | CASE.slots).items()}
