@@ -44,16 +44,11 @@ def reference_decode(
         out, pool = reference_decode(**given)
         return out, pool.reshape(state.shape)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    gates = [a, b] if g is None else [g, beta]
-    gates_of = ft.partial(_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
-    S, tokens, valid = state, [q, k, v, *gates], None
-    read, write = state_indices, output_state_indices
-    if read is not None:
-        write = read if write is None else write
-        valid = (read >= 0) & (read < state.shape[0])  # the other rows are padding
-        # Cut off here: no derivative may depend on what padding, or its slot, holds.
-        tokens = [_only(x, valid) for x in tokens]
-        S = _read(state, jnp.where(valid, read, state.shape[0]))
+    gates: Any = [a, b] if g is None else [g, beta]
+    gates_of = ft.partial(as_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
+    S, write, valid = states_of_rows(state, state_indices, output_state_indices)
+    # Cut off here: no derivative may depend on what padding holds.
+    tokens = [only(x, valid) for x in (q, k, v, *gates)]
     every_token = write is not None and write.ndim == 2
     S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
 
@@ -64,18 +59,29 @@ def reference_decode(
     tokens = [jnp.moveaxis(x, 1, 0).astype(jnp.float32) for x in tokens]
     S, (out, snapshots) = lax.scan(step, S, tokens)
     S = S if snapshots is None else jnp.moveaxis(snapshots, 0, 1)
-    state = _stored(S if state_layout == "KV" else S.mT, state, write, valid)
-    out = _only(jnp.moveaxis(out, 0, 1), valid)
+    state = stored(S if state_layout == "KV" else S.mT, state, write, valid)
+    out = only(jnp.moveaxis(out, 0, 1), valid)
     return out.astype(q.dtype if output is None else output.dtype), state
 
 
-def _only(x, valid, axis=0):
-    """The rows of x, [B, ...], that are valid, and 0 for the others; None: all are."""
+def states_of_rows(state, read, write):
+    """The state that each row reads, the slots it writes, and whether it is no padding.
+
+    The latter two are None where there are no slots.
+    """
+    if read is None:
+        return state, None, None
+    valid = (read >= 0) & (read < state.shape[0])
+    # Not what is in the slot of a padding row: no derivative may depend on it.
+    S = _read(state, jnp.where(valid, read, state.shape[0]))
+    return S, read if write is None else write, valid
+
+
+def only(x, valid):
+    """What of x is valid, [B] or [B, T], and 0 for the rest; None: all is."""
     if valid is None:
         return x
-    return jnp.where(
-        jnp.expand_dims(valid, [i for i in range(x.ndim) if i != axis]), x, 0
-    )
+    return jnp.where(jnp.expand_dims(valid, range(valid.ndim, x.ndim)), x, 0)
 
 
 def _read(state, slots):
@@ -108,7 +114,7 @@ def slots_of_layer(layer, L, N, slots):
     return jnp.where(inside, layer * N + slots, -1)
 
 
-def _gates(A_log, dt_bias, lower_bound, allow_neg_eigval, a, b):
+def as_gates(A_log, dt_bias, lower_bound, allow_neg_eigval, a, b):
     """Log decay and write strength; without `A_log`, a and b are these."""
     if A_log is None:
         return a, b
@@ -128,7 +134,7 @@ def _decode_token(S, token, gates_of, use_qk_l2norm):
     q, k, v, a, b = token
     key, k_norm = k, jnp.ones_like(k[..., :1])
     if use_qk_l2norm:
-        q, k, k_norm = q / _norm(q), k / _norm(k), _norm(k)
+        q, k, k_norm = q / norm(q), k / norm(k), norm(k)
         # Else XLA computes norms anew for every entry of S: at B = 64 1.6 times slower
         # on a GPU, and ten times longer to compile.
         q, k = lax.optimization_barrier((q, k))
@@ -142,7 +148,7 @@ def _decode_token(S, token, gates_of, use_qk_l2norm):
     return jnp.sum(q[..., None] * S, axis=2), S, (key, u / k_norm, decay)
 
 
-def _norm(x):
+def norm(x):
     return jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
 
 
@@ -256,7 +262,7 @@ def reference_decode_deferred(
     gates: Any = [a, b] if g is None else [g, beta]
     slots = state_indices, output_state_indices
     rows = plan_rows(cursors, R, window, T, *slots, fold)
-    gates_of = ft.partial(_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
+    gates_of = ft.partial(as_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
     S = _read(state, rows.read).astype(jnp.float32)
     S = S if state_layout == "KV" else S.mT
     entries = [rows.pending(*x, window) for x in zip(pending, (0, 0, 1), strict=True)]
@@ -269,13 +275,13 @@ def reference_decode_deferred(
         out, S, entry = _decode_token(S, token, gates_of, use_qk_l2norm)
         return S, (out, entry)
 
-    tokens = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, *gates)]
-    tokens = [_only(x, rows.valid, 1).astype(jnp.float32) for x in tokens]
+    tokens = [only(x, rows.valid).astype(jnp.float32) for x in (q, k, v, *gates)]
+    tokens = [jnp.moveaxis(x, 1, 0) for x in tokens]
     _, (out, entries) = lax.scan(step, S, tokens)
     entries = [jnp.moveaxis(x, 0, 1) for x in entries]
     pending = [rows.append(x, new) for x, new in zip(pending, entries, strict=True)]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    out = _only(factor * jnp.moveaxis(out, 0, 1), rows.valid)
+    out = only(factor * jnp.moveaxis(out, 0, 1), rows.valid)
     return out.astype(q.dtype if output is None else output.dtype), state, pending
 
 
@@ -314,7 +320,7 @@ def decay_rate(A_log, x):
     return jnp.where(rate > 128, 128, rate)
 
 
-def _stored(S, state, write, valid):
+def stored(S, state, write, valid):
     """Puts S [B, HV, ..], or [B, T, HV, ..], where `write` [B], or [B, T], says."""
     if write is None:
         return S.astype(state.dtype)
