@@ -242,6 +242,17 @@ def scaling(report: Report) -> str:
     return _table(["us a layer", *head], rows)
 
 
+def prefill(report: Report) -> str:
+    """Ways to take a prompt, ms a call."""
+    results = report["results"]
+    rows = [
+        [way, *(f"{one['rows'][way]['median_us'] / 1000:.2f}" for one in results)]
+        for way in results[0]["rows"]
+    ]
+    head = [f"{one['B']} x {one['T']}" for one in results]
+    return _table(["ms a call, B x T =", *head], rows)
+
+
 def bench(report: Report) -> str:
     rows = map(bench_report.line, report["results"])
     footer = bench_report.footer(report)
@@ -268,6 +279,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "gradients-host": ("host/costs", gradients),
     "deferred-h200": ("h200/deferred", deferred),
     "deferred-h100": ("h100/deferred", deferred),
+    "prefill-host": ("host/prefill", prefill),
     "drift": ("host/accuracy", drift),
     "bench-host": ("host/bench", bench),
 }

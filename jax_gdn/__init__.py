@@ -10,6 +10,7 @@ from jax_gdn._deferred import decode_deferred as decode_deferred
 from jax_gdn._deferred import materialize as materialize
 from jax_gdn._deferred import new_cursors as new_cursors
 from jax_gdn._deferred import new_pending as new_pending
+from jax_gdn._prefill import prefill as prefill
 from jax_gdn._reference import reference_decode as reference_decode
 from jax_gdn._registration import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 
@@ -25,5 +26,6 @@ __all__ = [
     "materialize",
     "new_cursors",
     "new_pending",
+    "prefill",
     "reference_decode",
 ]

@@ -3,15 +3,17 @@
 import functools as ft
 import math
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_gdn import _registration
+from jax_gdn._chunked import chunked_prefill, tokens_there
 from jax_gdn._operands import (
     GATE_FORMS,
     OPTIONAL,
@@ -24,6 +26,8 @@ from jax_gdn._operands import (
     Settings,
 )
 from jax_gdn._reference import (
+    as_gates,
+    only,
     reference_decode,
     reference_decode_deferred,
     slots_of_layer,
@@ -90,7 +94,11 @@ def _why_not_cpu(settings: Settings) -> str | None:
 
 
 def by_platform(native: Call, reference: Call) -> Call:
-    """Returns a call that is either, decided when it is lowered for a platform."""
+    """Returns a call that is either, decided when it is lowered for a platform.
+
+    A native call that cannot run is a warning, but for `prefill`, whose reference is
+    what runs wherever the native call takes longer.
+    """
 
     def by_platform(settings: Settings, operands: Operands) -> Results:
         if settings.implementation == "xla":
@@ -104,12 +112,20 @@ def by_platform(native: Call, reference: Call) -> Call:
             )
             return reference(settings, operands._replace(q=q))
 
-        cpu = cuda = ft.partial(native, settings)
+        def choose(why_not: str | None, pays: bool) -> Callable[[Operands], Results]:
+            anyway = settings.implementation == "native"
+            if settings.precision is not None and not anyway and (why_not or not pays):
+                return ft.partial(reference, settings)
+            if why_not:
+                return ft.partial(without_native, why_not)
+            return ft.partial(native, settings)
+
+        pays = _where_token_by_token_pays(settings, operands)
+        cpu = choose(_why_not_cpu(settings), pays["cpu"])
+        cuda = choose(_why_not_cuda(settings, operands), pays["cuda"])
         default = ft.partial(without_native, None)
-        if why_not := _why_not_cpu(settings):
-            cpu = ft.partial(without_native, why_not)
-        if why_not := _why_not_cuda(settings, operands):
-            cuda = ft.partial(without_native, why_not)
+        if settings.precision is not None and settings.implementation is None:
+            default = ft.partial(reference, settings)
         return jax.lax.platform_dependent(operands, cpu=cpu, cuda=cuda, default=default)
 
     return by_platform
@@ -124,9 +140,12 @@ def reference(settings: Settings, operands: Operands) -> Results:
             given |= {"g": given.pop("a"), "beta": given.pop("b")}
         if settings.layer is not None:
             given["layer"] = settings.layer
-        if settings.window is None:
+        pending = ()
+        if settings.precision is not None:
+            given["precision"] = settings.precision
+            out, state = chunked_prefill(**given, **options)
+        elif settings.window is None:
             out, state = reference_decode(**given, **options)
-            pending = ()
         else:
             given["pending"] = [given.pop(name) for name in PENDING]
             given["window"] = settings.window
@@ -184,6 +203,49 @@ def native(settings: Settings, operands: Operands) -> Results:
         **attributes,
     )
     return Results(*results)
+
+
+def token_by_token(settings: Settings, operands: Operands) -> Results:
+    """The native call of `decode` with all tokens of `prefill`."""
+    lengths, operands = operands.lengths, operands._replace(lengths=None)
+    axes = settings.axes._replace(lengths=None)
+    settings = settings._replace(precision=None, axes=axes)
+    if lengths is None:
+        return native(settings, operands)
+    # Padding has no decay and no strength, which logits cannot say.
+    there = tokens_there(operands.q.shape[-3], lengths, None)
+    logits = operands.a, operands.b
+    # As the reference has them, without T: [..., HV] or [..., HV, K].
+    flat = [
+        x.astype(jnp.float32).reshape(-1, *x.shape[2 - len(of) :])
+        for x, of in zip(logits, (axes.a, axes.b), strict=True)
+    ]
+    bounds = settings.lower_bound, settings.allow_neg_eigval
+    gates = as_gates(operands.A_log, operands.dt_bias, *bounds, *flat)
+    a, b = (x.reshape(of.shape) for x, of in zip(gates, logits, strict=True))
+    tokens = operands._asdict() | {"a": a, "b": b}
+    tokens = {name: only(tokens[name], there) for name in ("q", "k", "v", "a", "b")}
+    given = settings._replace(
+        gate_form="given",
+        lower_bound=None,
+        allow_neg_eigval=False,
+        axes=axes._replace(A_log=None, dt_bias=None),
+    )
+    operands = operands._replace(A_log=None, dt_bias=None, **tokens)
+    return native(given, operands)  # without q, `out` is 0
+
+
+def _where_token_by_token_pays(
+    settings: Settings, operands: Operands
+) -> dict[str, bool]:
+    """Where `prefill` takes less time by `decode` with all T, as measured.
+
+    On a CPU always. On a GPU steps wait for one another, so that few states leave it
+    idle: chunks pay from some tokens on, up to some states.
+    """
+    *rows, T, HV, _ = operands.v.shape
+    known = [size for size in rows if not export.is_symbolic_dim(size)]
+    return {"cpu": True, "cuda": T < 256 or math.prod(known) * HV > 96}
 
 
 def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:

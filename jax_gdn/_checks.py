@@ -123,7 +123,8 @@ def _axes_of(name: str, operands: Operands, settings: Settings) -> tuple[str, ..
     has_stack = settings.layer is not None or operands.layer is not None
     if has_stack and name in UPDATED:
         choices = [("L", *axes) for axes in choices]
-    if name == "output_state_indices" and settings.window is not None:
+    one_slot = settings.window is not None or settings.precision is not None
+    if name == "output_state_indices" and one_slot:
         choices = choices[:1]
     fitting = [axes for axes in choices if len(axes) == getattr(operands, name).ndim]
     return (fitting or choices)[0]
@@ -168,6 +169,8 @@ def check_operands(operands: Operands, settings: Settings) -> Operands:
         _check_sizes(name, axes, sizes)
     if "L" in sizes:
         _check_stack(settings.layer, sizes["L"], sizes.get("N", sizes["B"]))
+    if settings.precision is not None and export.is_symbolic_dim(sizes["T"]):
+        raise ValueError(_must("q", "have a known T", sizes["T"]))
     if settings.window is not None:
         check_ring(settings.window, sizes["R"], sizes["T"])
     if operands.output_state_indices is not None and operands.state_indices is None:
@@ -273,7 +276,8 @@ def check_settings(settings: Settings) -> None:
         what = "be below 0 and fit into float32"
         raise ValueError(_must("lower_bound", what, f"{bound!r:.20}"))
     for name, choices in CHOICES.items():
-        if (got := getattr(settings, name)) not in choices:
+        got = getattr(settings, name)
+        if got not in choices and (name, got) != ("precision", None):
             what = f"be {' or '.join(map(repr, choices))}"
             raise ValueError(_must(name, what, repr(got)))
 

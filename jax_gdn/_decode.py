@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_gdn._call import by_platform, native, reference
+from jax_gdn._call import by_platform, native, reference, token_by_token
 from jax_gdn._checks import (
     as_array,
     as_layer,
@@ -26,6 +26,11 @@ from jax_gdn._transformations import batched, differentiable
 # JAX primitive: its rules would come from `jax.interpreters`, which change more often.
 _CALL = differentiable(
     shard_explicit(batched(by_platform(shard_auto(native), reference))),
+    shard_explicit(reference),
+)
+# Of `prefill`: what is on a device decides which way is faster there.
+_PREFILL = differentiable(
+    shard_explicit(batched(shard_auto(by_platform(token_by_token, reference)))),
     shard_explicit(reference),
 )
 # Arguments of the public functions that are settings as they are.
@@ -154,8 +159,11 @@ def decode(
     return results.out, results.state
 
 
-def run(arguments: dict[str, Any], window: int | None = None) -> Results:
-    """One call, of a public function's arguments by their names."""
+def run(arguments: dict[str, Any], **only: Any) -> Results:
+    """One call, of a public function's arguments by their names.
+
+    `only` are settings that this function alone has.
+    """
     static = {name: arguments[name] for name in _STATIC}
     gates = ("A_log", "a", "dt_bias", "b", "g", "beta")
     form = gate_form(
@@ -164,7 +172,7 @@ def run(arguments: dict[str, Any], window: int | None = None) -> Results:
         arguments["allow_neg_eigval"],
     )
     known_layer, layer = as_layer(arguments["layer"])
-    settings = Settings(**static, gate_form=form, layer=known_layer, window=window)
+    settings = Settings(**static, gate_form=form, layer=known_layer, **only)
     check_settings(settings)
     # Before jit, which would take slots that wrap around and, where it is disabled,
     # converts nothing.
@@ -173,7 +181,7 @@ def run(arguments: dict[str, Any], window: int | None = None) -> Results:
     operands = {
         places.get(name, name): as_array(name, x)
         for name, x in arguments.items()
-        if name not in (*_STATIC, "layer", "state_dtype", *left_out)
+        if name not in (*_STATIC, *only, "layer", "state_dtype", *left_out)
     }
     check_state_dtype(operands["state"], arguments["state_dtype"])
     return _decode(settings, Operands(**operands, layer=layer))
@@ -189,4 +197,5 @@ def _decode(settings: Settings, operands: Operands) -> Results:
     scale = operands.q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
     settings = settings._replace(axes=axes, scale=float(scale))
     with jax.named_scope(f"jax_gdn.{settings.name}"):
-        return _CALL(settings, operands)
+        call = _CALL if settings.precision is None else _PREFILL
+        return call(settings, operands)

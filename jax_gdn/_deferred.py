@@ -237,7 +237,8 @@ def decode_deferred(
     arguments = locals()
     _check_pending(arguments.pop("pending"))
     arguments |= {"pending_k": pending.k, "pending_u": pending.u}
-    results = run(arguments | {"pending_decay": pending.decay}, pending.window)
+    arguments |= {"pending_decay": pending.decay}
+    results = run(arguments, window=pending.window)
     rings = Pending(
         results.pending_k, results.pending_u, results.pending_decay, pending.window
     )

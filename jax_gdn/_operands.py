@@ -4,7 +4,11 @@ import collections
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-CHOICES = {"state_layout": ("KV", "VK"), "implementation": (None, "native", "xla")}
+CHOICES = {
+    "state_layout": ("KV", "VK"),
+    "implementation": (None, "native", "xla"),
+    "precision": ("bf16x6", "bf16x3", "bf16"),
+}
 # How log decay and write strength come: from logits, by softplus or by a sigmoid with a
 # lower bound, or as they are, in the places of `a` and `b`.
 GATE_FORMS = ("softplus", "sigmoid", "given")
@@ -31,11 +35,12 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "output_state_indices": (("B", "B T"), ("int32",)),
     "fold": (("B",), ("bool",)),
     "layer": (("",), ("int32",)),
+    "lengths": (("B",), ("int32",)),  # of `prefill` alone, which no native call takes
 }
 GIVEN_GATES = {"a": "g", "b": "beta"}  # whose places they take
 WEIGHTS = ("A_log", "dt_bias")
 SLOTS = ("state_indices", "output_state_indices")
-OPTIONAL = ("output", *SLOTS, "fold")
+OPTIONAL = ("output", *SLOTS, "fold", "lengths")
 PENDING = ("pending_k", "pending_u", "pending_decay")  # the fields of a `Pending`
 DEFERRED = (*PENDING, "cursors", "fold")  # of `decode_deferred` alone
 # What a call updates in place beside `out`.
@@ -73,7 +78,8 @@ class Settings(NamedTuple):
     lower_bound: float | None = None
     allow_neg_eigval: bool = False
     layer: int | None = None  # where it is no operand
-    window: int | None = None  # of `decode_deferred`; else the call is `decode`
+    window: int | None = None  # of `decode_deferred` alone
+    precision: str | None = None  # of `prefill` alone
     axes: Operands = Operands()  # of each operand, without batch dimensions
     num_batch_dims: int = 0  # put by vmap before B, and before L or N
 
@@ -87,6 +93,8 @@ class Settings(NamedTuple):
 
     @property
     def name(self) -> str:
+        if self.precision is not None:
+            return "prefill"
         return "decode" if self.window is None else "decode_deferred"
 
     def results(self, of: Callable[[str], Any]) -> Results:

@@ -197,7 +197,8 @@ def shard_auto(native: Call) -> Call:
         if mesh.manual_axes:
             return native(settings, operands)
         # Not `static_argnums`, whose closures JAX's leak checker takes for leaks.
-        call = custom_partitioning(ft.partial(native, settings))
+        # Nor a function whose trace has constants, which it refuses: jit keeps them.
+        call = custom_partitioning(jax.jit(ft.partial(native, settings)))
         call.def_partition(
             ft.partial(_partition, settings, native, mesh),
             sharding_rule=ft.partial(_sharding_rule, settings),

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jax_gdn
 from jax_gdn import _registration
 from tests import test_deferred_transformations as deferred
+from tests import test_prefill_transformations as prefill
 from tests import test_stacks as stacks
 from tests.cases import Case
 from tests.hlo import (
@@ -254,6 +255,32 @@ def test_eight_devices_do_not_talk(eight_h100s, case, specs, kind):
     assert collectives(text) == []
     assert calls(text) == state_aliases(text) == 1
     assert copies(text, shard) == 0
+    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * math.prod(shard)
+
+
+@pytest.mark.parametrize("T", [128, 1000])
+def test_prefill_takes_the_faster_way(h100, T):
+    """Few tokens go one by one in the native call, many in chunks; both in place."""
+    case = Case(B=1, T=T, H=4, HV=8)
+    state, rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100),
+        split(host_arrays(case)),
+    )
+    call = jax.jit(prefill.step(case), donate_argnums=0)
+    compiled = call.lower(state, rest).compile()
+    assert calls(compiled.as_text()) == (T == 128)
+    size = 4 * math.prod(state.shape)
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_prefill_on_eight_devices(eight_h100s, kind):
+    """Of 512 states a device has 64, few enough for chunks."""
+    case = Case(B=16, T=300, H=16, HV=32)
+    function = prefill.step(case)
+    compiled, shard = compile_on_mesh(eight_h100s, kind, case, function)
+    assert collectives(compiled.as_text()) == []
+    assert calls(compiled.as_text()) == 0
     assert compiled.memory_analysis().alias_size_in_bytes >= 4 * math.prod(shard)
 
 

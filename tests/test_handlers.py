@@ -15,11 +15,12 @@ from tests.ffi_client import Array, Client, plain_attributes
 from tests.hlo import TARGET
 from tests.oracle import OUT_TOLERANCE, STATE_TOLERANCE, assert_close, decode64
 
-OPTIONAL = tuple(n for n in _operands.OPTIONAL if n not in _operands.DEFERRED)
+OF_OTHERS = (*_operands.DEFERRED, "lengths")
+OPTIONAL = tuple(n for n in _operands.OPTIONAL if n not in OF_OTHERS)
 REQUIRED = tuple(
     name
     for name in _operands.Operands._fields
-    if name not in (*OPTIONAL, *_operands.DEFERRED, "layer")
+    if name not in (*OPTIONAL, *OF_OTHERS, "layer")
 )
 MODULES = ["_cpu", pytest.param("_cuda", marks=pytest.mark.cuda_build)]
 SMALL = {"B": 3, "T": 2, "H": 2, "HV": 4, "K": 64, "V": 32}

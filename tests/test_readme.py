@@ -34,6 +34,7 @@ def test_pages_have_their_blocks():
         "README.md": 1,
         "docs/deferred.md": 3,
         "docs/models.md": 6,
+        "docs/prefill.md": 2,
         "docs/serving.md": 7,
         "docs/transformations.md": 1,
     }
