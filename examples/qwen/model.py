@@ -1,0 +1,249 @@
+"""The model: caches, prompts, steps, and the draft head's speculation."""
+
+import dataclasses
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import jax_gdn
+
+from .config import Config
+from .layers import Cache, Weights, attention, experts, linear_attention, mlp, norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to decode."""
+
+    places: int = 4  # rows of the batch, for requests to take
+    context: int = 1024  # tokens a row has room for
+    deferred: bool = False  # write a state once in many tokens
+    drafted: int = 0  # tokens that the draft head adds to a step
+    state: str = "float32"
+    implementation: str | None = None
+    temperature: float = 0.0  # 0: greedy
+
+    @property
+    def nowhere(self) -> int:
+        """A row that is no place."""
+        return self.places + 1
+
+
+def new_cache(config: Config, options: Options, dtype: Any) -> Cache:
+    """Empty caches, one a layer, and how many tokens each row has."""
+    rows, tokens = options.places, 1 + options.drafted
+    H, HV = config.linear_num_key_heads, config.linear_num_value_heads
+    K, V = config.linear_key_head_dim, config.linear_value_head_dim
+    slots = rows + 1  # the last one stays 0
+
+    def of_attention() -> Cache:
+        shape = rows, options.context, config.num_key_value_heads, config.head_dim
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+    def of_linear() -> Cache:
+        state = jnp.zeros((slots, HV, K, V), options.state)
+        ring = slots, config.linear_conv_kernel_dim - 1 + tokens, H, 2 * K + HV // H * V
+        cache: Cache = {"state": state, "ring": jnp.zeros(ring, dtype)}
+        if options.deferred:
+            cache["pending"] = jax_gdn.new_pending(
+                state, H, max_tokens=tokens, k_dtype=dtype
+            )
+        return cache
+
+    kinds = {"linear_attention": of_linear, "full_attention": of_attention}
+    cache: Cache = {"layers": [kinds[kind]() for kind in config.kinds]}
+    cache["lengths"] = jnp.zeros(rows, jnp.int32)
+    if options.deferred:
+        cache["cursors"] = jax_gdn.new_cursors(slots)
+    if options.drafted:
+        cache["draft"] = of_attention()
+    return cache
+
+
+def block(config, w, x, mixer):
+    """A layer: the mixer, then the dense or the mixture's MLP, each beside a sum."""
+    y, cache = mixer(norm(x, w["input_norm"], config.rms_norm_eps))
+    x = x + y
+    y = norm(x, w["post_norm"], config.rms_norm_eps)
+    y = experts(config, w["mlp"], y) if config.num_experts else mlp(w["mlp"], y)
+    return x + y, cache
+
+
+def forward(
+    config: Config,
+    options: Options,
+    weights: Weights,
+    cache: Cache,
+    tokens: Array,
+    rows: Array,
+    start: Array,
+    lengths: Array | None = None,
+) -> tuple[Array, Cache]:
+    """The hidden states, [B, T, hidden], of tokens that begin at `start` in their rows.
+
+    With `lengths` they are prompts.
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    x = weights["embed"][tokens]
+    caches = []
+    for kind, w, old in zip(
+        config.kinds, weights["layers"], cache["layers"], strict=True
+    ):
+        given: dict[str, Any] = {"cache": old, "rows": rows, "positions": positions}
+        mixer = attention
+        if kind == "linear_attention":
+            mixer = linear_attention
+            given |= {"lengths": lengths, "cursors": cache.get("cursors")}
+            given["implementation"] = options.implementation
+        x, new = block(config, w, x, ft.partial(mixer, config, w["mixer"], **given))
+        caches.append(new)
+    x = norm(x, weights["norm"], config.rms_norm_eps)
+    return x, cache | {"layers": caches}
+
+
+def logits_of(weights: Weights, x: Array) -> Array:
+    head = weights.get("head", weights["embed"])
+    return jnp.einsum("...h,vh->...v", x, head).astype(jnp.float32)
+
+
+def draft(config, weights, cache, x, tokens, rows, start):
+    """The draft head: hidden states of a model and the tokens after them.
+
+    Returns its own, which say the token after that.
+    """
+    w = weights["draft"]
+    eps = config.rms_norm_eps
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    embedded = norm(weights["embed"][tokens], w["embedding_norm"], eps)
+    both = jnp.concatenate([embedded, norm(x, w["hidden_norm"], eps)], -1)
+    mixer = ft.partial(
+        attention, config, w["layer"]["mixer"],
+        cache=cache["draft"], rows=rows, positions=positions,
+    )  # fmt: skip
+    x, new = block(
+        config, w["layer"], jnp.einsum("btc,hc->bth", both, w["join"]), mixer
+    )
+    return norm(x, w["norm"], eps), cache | {"draft": new}
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def prompt(config, options, weights, cache, tokens, rows, lengths, key):
+    """Takes prompts, [b, T] padded on the right, into places.
+
+    Returns the first token of each, what the draft head makes of it, and the cache.
+    """
+    start = jnp.zeros_like(lengths)
+    x, cache = forward(config, options, weights, cache, tokens, rows, start, lengths)
+    at = jnp.maximum(lengths - 1, 0)[:, None]
+    last = jnp.take_along_axis(x, at[..., None], 1)
+    token = pick(options, logits_of(weights, last[:, 0]), key)
+    cache["lengths"] = cache["lengths"].at[rows].set(lengths, mode="drop")
+    if options.deferred:
+        cache["cursors"] = cache["cursors"].at[rows].set(0, mode="drop")
+    if options.drafted:
+        after = jnp.roll(tokens, -1, axis=1)
+        after = after.at[jnp.arange(len(at)), at[:, 0]].set(token)
+        x, cache = draft(config, weights, cache, x, after, rows, start)
+        last = jnp.take_along_axis(x, at[..., None], 1)
+    return token, last, cache
+
+
+def pick(options: Options, logits: Array, key: Array) -> Array:
+    if options.temperature == 0:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    scaled = logits / options.temperature
+    return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
+def decode(config, options, weights, cache, token, left, key, steps):
+    """Decodes: one token of each row a step, until a row has none `left` to make.
+
+    Returns tokens [B, steps], -1 where a row made none, and what goes on.
+    """
+    places = jnp.arange(options.places, dtype=jnp.int32)
+
+    def step(carry, key):
+        cache, token, left = carry
+        rows = jnp.where(left > 0, places, options.nowhere)
+        x, cache = forward(
+            config, options, weights, cache, token[:, None], rows, cache["lengths"]
+        )
+        new = pick(options, logits_of(weights, x[:, 0]), key)
+        made = jnp.where(left > 0, new, -1)
+        cache = advance(options, cache, rows, 1, left > 0)
+        left = jnp.where(ends(config, new), 0, jnp.maximum(left - 1, 0))
+        return (cache, jnp.where(made < 0, token, new), left), made
+
+    keys = jax.random.split(key, steps)
+    (cache, token, left), made = lax.scan(step, (cache, token, left), keys)
+    return made.T, token, left, cache
+
+
+def ends(config: Config, token: Array) -> Array:
+    return jnp.isin(token, jnp.array(config.eos_token_id or (-1,), jnp.int32))
+
+
+def advance(options: Options, cache: Cache, rows: Array, tokens: int, kept) -> Cache:
+    """The caches after a step of so many tokens, of which each row keeps some."""
+    kept = kept.astype(jnp.int32)
+    cache = cache | {"lengths": cache["lengths"] + kept}
+    if options.deferred:
+        linear = next(x for x in cache["layers"] if "pending" in x)
+        cache["cursors"] = jax_gdn.advance_cursors(
+            cache["cursors"], linear["pending"], tokens, state_indices=rows,
+            accepted=kept,
+        )  # fmt: skip
+    return cache
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
+def speculate(config, options, weights, cache, token, drafted, left, steps):
+    """Decodes greedily, with drafts: a step verifies T tokens and keeps what is right.
+
+    `drafted`, [B, 1, hidden], is what the draft head made of the last token. Wrong
+    tokens are taken back by the lengths and the cursors alone. Returns tokens
+    [B, steps, T], -1 where there is none, and what goes on.
+    """
+    places = jnp.arange(options.places, dtype=jnp.int32)
+    T = 1 + options.drafted
+
+    def best_of(x):
+        return jnp.argmax(logits_of(weights, x), -1).astype(jnp.int32)
+
+    def step(carry, _):
+        cache, token, drafted, left = carry
+        rows = jnp.where(left > 0, places, options.nowhere)
+        start, tokens = cache["lengths"], [token[:, None], best_of(drafted)]
+        for i in range(options.drafted - 1):
+            drafted, cache = draft(
+                config, weights, cache, drafted, tokens[-1], rows, start + i
+            )
+            tokens.append(best_of(drafted))
+        tokens = jnp.concatenate(tokens, 1)
+        x, cache = forward(config, options, weights, cache, tokens, rows, start)
+        best = best_of(x)
+        right = jnp.cumprod((tokens[:, 1:] == best[:, :-1]).astype(jnp.int32), 1)
+        good = jnp.minimum(1 + jnp.sum(right, 1), left)
+        end = ends(config, best).astype(jnp.int32)
+        before_end = jnp.cumsum(end, 1) - end == 0
+        keep = (jnp.arange(T)[None] < good[:, None]) & before_end
+        kept = jnp.sum(keep, 1).astype(jnp.int32)
+        # The draft head takes the true hidden states, and what follows them.
+        x, cache = draft(config, weights, cache, x, best, rows, start)
+        cache = advance(options, cache, rows, T, kept)
+        last = jnp.maximum(kept - 1, 0)[:, None]
+        some = kept > 0
+        token = jnp.where(some, jnp.take_along_axis(best, last, 1)[:, 0], token)
+        moved = jnp.take_along_axis(x, last[..., None], 1)
+        drafted = jnp.where(some[:, None, None], moved, drafted)
+        left = jnp.where(jnp.any(keep & (end > 0), 1), 0, left - kept)
+        return (cache, token, drafted, left), jnp.where(keep, best, -1)
+
+    carry = cache, token, drafted, left
+    carry, made = lax.scan(step, carry, length=steps)
+    cache, token, drafted, left = carry
+    return jnp.moveaxis(made, 0, 1), token, drafted, left, cache
