@@ -112,21 +112,27 @@ def by_platform(native: Call, reference: Call) -> Call:
             )
             return reference(settings, operands._replace(q=q))
 
-        def choose(why_not: str | None, pays: bool) -> Callable[[Operands], Results]:
-            anyway = settings.implementation == "native"
-            if settings.precision is not None and not anyway and (why_not or not pays):
-                return ft.partial(reference, settings)
-            if why_not:
-                return ft.partial(without_native, why_not)
-            return ft.partial(native, settings)
-
+        # One object for both platforms, which are then one branch.
+        run, in_chunks = ft.partial(native, settings), ft.partial(reference, settings)
         pays = _where_token_by_token_pays(settings, operands)
-        cpu = choose(_why_not_cpu(settings), pays["cpu"])
-        cuda = choose(_why_not_cuda(settings, operands), pays["cuda"])
-        default = ft.partial(without_native, None)
-        if settings.precision is not None and settings.implementation is None:
-            default = ft.partial(reference, settings)
-        return jax.lax.platform_dependent(operands, cpu=cpu, cuda=cuda, default=default)
+        whys = {
+            "cpu": _why_not_cpu(settings),
+            "cuda": _why_not_cuda(settings, operands),
+        }
+        free = settings.precision is not None and settings.implementation is None
+
+        def choose(platform: str) -> Callable[[Operands], Results]:
+            why_not = whys[platform]
+            if free and (why_not or not pays[platform]):
+                return in_chunks
+            return ft.partial(without_native, why_not) if why_not else run
+
+        return jax.lax.platform_dependent(
+            operands,
+            cpu=choose("cpu"),
+            cuda=choose("cuda"),
+            default=in_chunks if free else ft.partial(without_native, None),
+        )
 
     return by_platform
 
