@@ -25,16 +25,6 @@ class Request:
     made: list[int] = dataclasses.field(default_factory=list)
 
 
-def padded(requests: Sequence[Request], options: Options) -> tuple[Any, Any]:
-    """Prompts side by side; to a power of 2, so that few programs are compiled."""
-    lengths = np.array([len(x.prompt) for x in requests], np.int32)
-    T = min(1 << int(lengths.max() - 1).bit_length(), options.context)
-    tokens = np.zeros((len(requests), T), np.int32)
-    for row, request in zip(tokens, requests, strict=True):
-        row[: len(request.prompt)] = request.prompt
-    return tokens, lengths
-
-
 def serve(
     config: Config,
     options: Options,
@@ -48,11 +38,11 @@ def serve(
         need = len(x.prompt) + x.tokens + options.drafted
         if need > options.context or not x.prompt:
             raise SystemExit(f"{x} needs a context of {need}; got {options.context}")
-    cache = new_cache(config, options, params["embed"].dtype, mesh)
+    dtype = params["model"]["embed_tokens"].dtype
+    cache = new_cache(config, options, dtype, mesh)
     waiting, running = list(requests), {}
-    token = jnp.zeros(options.places, jnp.int32)
-    left = jnp.zeros(options.places, jnp.int32)
-    drafted = jnp.zeros((options.places, 1, config.hidden_size), params["embed"].dtype)
+    token = left = jnp.zeros(options.places, jnp.int32)
+    drafted = jnp.zeros((options.places, 1, config.hidden_size), dtype)
     key = jax.random.key(seed)
     while waiting or running:
         key, of_prompt, of_steps = jax.random.split(key, 3)
@@ -60,7 +50,11 @@ def serve(
         joining = [waiting.pop(0) for _ in free[: len(waiting)]]
         if joining:
             rows = np.array(free[: len(joining)], np.int32)
-            tokens, lengths = padded(joining, options)
+            lengths = np.array([len(x.prompt) for x in joining], np.int32)
+            # To a power of 2, so that few programs are compiled.
+            T = min(1 << int(lengths.max() - 1).bit_length(), options.context)
+            tokens = [[*x.prompt] + [0] * (T - len(x.prompt)) for x in joining]
+            tokens = np.array(tokens, np.int32)
             first, last, cache = model.prompt(
                 config, options, params, cache, tokens, rows, lengths, of_prompt
             )
@@ -92,13 +86,11 @@ def new_cache(config: Config, options: Options, dtype: Any, mesh: Mesh | None) -
     cache = model.new_cache(config, options, dtype)
     if mesh is None:
         return cache
-    axes = {"state": 1, "ring": 2, "k": 2, "v": 2}
+    axes = {"state": 1, "ring": 2, "k": 1, "v": 1}
 
-    def place(path: Any, x: Any) -> Any:
-        names = [
-            str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path
-        ]
-        axis = 1 if "pending" in names else axes.get(names[-1])
+    def place(keys: Any, x: Any) -> Any:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        axis = 1 if ".pending." in path else axes.get(path.split(".")[-1])
         return jax.device_put(x, weights.split(mesh, x.shape, axis))
 
     return jax.tree_util.tree_map_with_path(place, cache)

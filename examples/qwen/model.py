@@ -11,7 +11,16 @@ from jax import Array, lax
 import jax_gdn
 
 from .config import Config
-from .layers import Cache, Weights, attention, experts, linear_attention, mlp, norm
+from .layers import (
+    Cache,
+    Weights,
+    Where,
+    attention,
+    experts,
+    linear_attention,
+    mlp,
+    norm,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ def new_cache(config: Config, options: Options, dtype: Any) -> Cache:
     slots = rows + 1  # the last one stays 0
 
     def of_attention() -> Cache:
-        shape = rows, options.context, config.num_key_value_heads, config.head_dim
+        shape = rows, config.num_key_value_heads, options.context, config.head_dim
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def of_linear() -> Cache:
@@ -63,69 +72,53 @@ def new_cache(config: Config, options: Options, dtype: Any) -> Cache:
     return cache
 
 
-def block(config, w, x, mixer):
-    """A layer: the mixer, then the dense or the mixture's MLP, each beside a sum."""
-    y, cache = mixer(norm(x, w["input_norm"], config.rms_norm_eps))
+def block(config: Config, w: Weights, x: Array, cache: Cache, at: Where):
+    """A layer: attention of its kind, then an MLP or experts, each beside a sum."""
+    y = norm(x, w["input_layernorm"], config.rms_norm_eps)
+    if "self_attn" in w:
+        y, cache = attention(config, w["self_attn"], y, cache, at)
+    else:
+        y, cache = linear_attention(config, w["linear_attn"], y, cache, at)
     x = x + y
-    y = norm(x, w["post_norm"], config.rms_norm_eps)
+    y = norm(x, w["post_attention_layernorm"], config.rms_norm_eps)
     y = experts(config, w["mlp"], y) if config.num_experts else mlp(w["mlp"], y)
     return x + y, cache
 
 
-def forward(
-    config: Config,
-    options: Options,
-    weights: Weights,
-    cache: Cache,
-    tokens: Array,
-    rows: Array,
-    start: Array,
-    lengths: Array | None = None,
-) -> tuple[Array, Cache]:
+def forward(config, options, weights, cache, tokens, rows, start, lengths=None):
     """The hidden states, [B, T, hidden], of tokens that begin at `start` in their rows.
 
-    With `lengths` they are prompts.
+    With `lengths` they are prompts, and begin at 0. Returns the caches too.
     """
+    w, new = weights["model"], []
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    x = weights["embed"][tokens]
-    caches = []
-    for kind, w, old in zip(
-        config.kinds, weights["layers"], cache["layers"], strict=True
-    ):
-        given: dict[str, Any] = {"cache": old, "rows": rows, "positions": positions}
-        mixer = attention
-        if kind == "linear_attention":
-            mixer = linear_attention
-            given |= {"lengths": lengths, "cursors": cache.get("cursors")}
-            given["implementation"] = options.implementation
-        x, new = block(config, w, x, ft.partial(mixer, config, w["mixer"], **given))
-        caches.append(new)
-    x = norm(x, weights["norm"], config.rms_norm_eps)
-    return x, cache | {"layers": caches}
+    cursors = cache.get("cursors")
+    at = Where(rows, positions, lengths, cursors, options.implementation)
+    x = w["embed_tokens"][tokens]
+    for layer, old in zip(w["layers"], cache["layers"], strict=True):
+        x, part = block(config, layer, x, old, at)
+        new.append(part)
+    return norm(x, w["norm"], config.rms_norm_eps), cache | {"layers": new}
 
 
 def logits_of(weights: Weights, x: Array) -> Array:
-    head = weights.get("head", weights["embed"])
+    head = weights.get("lm_head", weights["model"]["embed_tokens"])
     return jnp.einsum("...h,vh->...v", x, head).astype(jnp.float32)
 
 
-def draft(config, weights, cache, x, tokens, rows, start):
-    """The draft head: hidden states of a model and the tokens after them.
+def draft(config, weights, cache, x, tokens, rows, start, lengths=None):
+    """The draft head: hidden states of the model, and the tokens after them.
 
-    Returns its own, which say the token after that.
+    Returns its own, which say the token after that, and the caches.
     """
-    w = weights["draft"]
-    eps = config.rms_norm_eps
+    w, eps = weights["mtp"], config.rms_norm_eps
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    embedded = norm(weights["embed"][tokens], w["embedding_norm"], eps)
-    both = jnp.concatenate([embedded, norm(x, w["hidden_norm"], eps)], -1)
-    mixer = ft.partial(
-        attention, config, w["layer"]["mixer"],
-        cache=cache["draft"], rows=rows, positions=positions,
-    )  # fmt: skip
-    x, new = block(
-        config, w["layer"], jnp.einsum("btc,hc->bth", both, w["join"]), mixer
-    )
+    embedded = weights["model"]["embed_tokens"][tokens]
+    parts = norm(embedded, w["pre_fc_norm_embedding"], eps)
+    parts = jnp.concatenate([parts, norm(x, w["pre_fc_norm_hidden"], eps)], -1)
+    x = jnp.einsum("btc,hc->bth", parts, w["fc"])
+    at = Where(rows, positions, lengths)
+    x, new = block(config, w["layers"][0], x, cache["draft"], at)
     return norm(x, w["norm"], eps), cache | {"draft": new}
 
 
@@ -146,7 +139,7 @@ def prompt(config, options, weights, cache, tokens, rows, lengths, key):
     if options.drafted:
         after = jnp.roll(tokens, -1, axis=1)
         after = after.at[jnp.arange(len(at)), at[:, 0]].set(token)
-        x, cache = draft(config, weights, cache, x, after, rows, start)
+        x, cache = draft(config, weights, cache, x, after, rows, start, lengths)
         last = jnp.take_along_axis(x, at[..., None], 1)
     return token, last, cache
 
@@ -244,6 +237,5 @@ def speculate(config, options, weights, cache, token, drafted, left, steps):
         return (cache, token, drafted, left), jnp.where(keep, best, -1)
 
     carry = cache, token, drafted, left
-    carry, made = lax.scan(step, carry, length=steps)
-    cache, token, drafted, left = carry
-    return jnp.moveaxis(made, 0, 1), token, drafted, left, cache
+    (cache, *carry), made = lax.scan(step, carry, length=steps)
+    return jnp.moveaxis(made, 0, 1), *carry, cache

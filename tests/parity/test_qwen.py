@@ -96,7 +96,7 @@ def logits_of_theirs(theirs, prompt, tokens):
 
 def logits_of_ours(config, options, params, tokens):
     """The same of all rows at once, padded, the tokens of each given."""
-    cache = model.new_cache(config, options, params["embed"].dtype)
+    cache = model.new_cache(config, options, params["model"]["embed_tokens"].dtype)
     lengths = np.array(LENGTHS, np.int32)
     padded = np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)
     for row, prompt in zip(padded, prompts(), strict=True):
@@ -180,7 +180,7 @@ def test_greedy_tokens(kind, options, directories):
     params = weights.load(config, directory, dtype=jnp.float32)
     if options.get("drafted"):  # files of transformers have none; a random one drafts
         config = dataclasses.replace(config, mtp_num_hidden_layers=1)
-        params["draft"] = weights.random(config, dtype=jnp.float32)["draft"]
+        params["mtp"] = weights.random(config, dtype=jnp.float32)["mtp"]
     requests = [Request(prompt, 20 + 7 * i) for i, prompt in enumerate(prompts())]
     options = Options(places=2, context=128, **options)
     done = list(serve(config, options, params, requests))
