@@ -94,6 +94,12 @@ def logits_of_theirs(theirs, prompt, tokens):
     return torch.cat(rows).float().numpy()
 
 
+@ft.cache
+def logits_of_saved(*key):
+    each = zip(prompts(), tokens_after(), strict=True)
+    return [logits_of_theirs(saved(*key), *x) for x in each]
+
+
 def logits_of_ours(config, options, params, tokens):
     """The same of all rows at once, padded, the tokens of each given."""
     cache = model.new_cache(config, options, params["model"]["embed_tokens"].dtype)
@@ -126,13 +132,12 @@ def tokens_after() -> np.ndarray:
 @pytest.mark.parametrize(("kind", "value_heads"), FORMS)
 def test_logits(kind, value_heads, deferred, directories):
     directory = directories(kind, value_heads)
-    theirs = saved(kind, value_heads, directory)
+    wanted = logits_of_saved(kind, value_heads, directory)
     config = configs.read(directory)
     params = weights.load(config, directory, dtype=jnp.float32)
     options = Options(places=len(LENGTHS), context=128, deferred=deferred)
     ours = logits_of_ours(config, options, params, tokens_after())
-    for row, prompt, after in zip(ours, prompts(), tokens_after(), strict=True):
-        want = logits_of_theirs(theirs, prompt, after)
+    for row, want in zip(ours, wanted, strict=True):
         # Sums of some hundred terms in another order, a rounding of 6e-8 each, through
         # four layers: 1e-6 of the largest logit, and a few times that at worst.
         assert np.abs(row - want).max() < 2e-5 * np.abs(want).max()
