@@ -114,7 +114,6 @@ def by_platform(native: Call, reference: Call) -> Call:
 
         # One object for both platforms, which are then one branch.
         run, in_chunks = ft.partial(native, settings), ft.partial(reference, settings)
-        pays = _where_token_by_token_pays(settings, operands)
         whys = {
             "cpu": _why_not_cpu(settings),
             "cuda": _why_not_cuda(settings, operands),
@@ -123,7 +122,7 @@ def by_platform(native: Call, reference: Call) -> Call:
 
         def choose(platform: str) -> Callable[[Operands], Results]:
             why_not = whys[platform]
-            if free and (why_not or not pays[platform]):
+            if free and (why_not or _chunks_pay(platform, operands)):
                 return in_chunks
             return ft.partial(without_native, why_not) if why_not else run
 
@@ -220,15 +219,9 @@ def token_by_token(settings: Settings, operands: Operands) -> Results:
         return native(settings, operands)
     # Padding has no decay and no strength, which logits cannot say.
     there = tokens_there(operands.q.shape[-3], lengths, None)
-    logits = operands.a, operands.b
-    # As the reference has them, without T: [..., HV] or [..., HV, K].
-    flat = [
-        x.astype(jnp.float32).reshape(-1, *x.shape[2 - len(of) :])
-        for x, of in zip(logits, (axes.a, axes.b), strict=True)
-    ]
+    logits = (x.astype(jnp.float32) for x in (operands.a, operands.b))
     bounds = settings.lower_bound, settings.allow_neg_eigval
-    gates = as_gates(operands.A_log, operands.dt_bias, *bounds, *flat)
-    a, b = (x.reshape(of.shape) for x, of in zip(gates, logits, strict=True))
+    a, b = as_gates(operands.A_log, operands.dt_bias, *bounds, *logits)
     tokens = operands._asdict() | {"a": a, "b": b}
     tokens = {name: only(tokens[name], there) for name in ("q", "k", "v", "a", "b")}
     given = settings._replace(
@@ -241,17 +234,16 @@ def token_by_token(settings: Settings, operands: Operands) -> Results:
     return native(given, operands)  # without q, `out` is 0
 
 
-def _where_token_by_token_pays(
-    settings: Settings, operands: Operands
-) -> dict[str, bool]:
-    """Where `prefill` takes less time by `decode` with all T, as measured.
+def _chunks_pay(platform: str, operands: Operands) -> bool:
+    """Whether `prefill` takes less time in chunks than by `decode` with all T.
 
-    On a CPU always. On a GPU steps wait for one another, so that few states leave it
-    idle: chunks pay from some tokens on, up to some states.
+    On a CPU never, by `benchmarks/results/host/prefill.json`. On a GPU tokens wait for
+    one another, and few states leave it idle: chunks should pay from some tokens on, up
+    to some states. These two bounds are estimates.
     """
     *rows, T, HV, _ = operands.v.shape
     known = [size for size in rows if not export.is_symbolic_dim(size)]
-    return {"cpu": True, "cuda": T < 256 or math.prod(known) * HV > 96}
+    return platform == "cuda" and T >= 256 and math.prod(known) * HV <= 96
 
 
 def _merge_batch_dims(settings: Settings, operands: Operands) -> Operands:

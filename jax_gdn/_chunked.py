@@ -73,7 +73,7 @@ def chunked_prefill(
     gates: Any = [a, b] if g is None else [g, beta]
     tokens = [only(x.astype(jnp.float32), there) for x in (q, k, v, *gates)]
     gates_of = ft.partial(as_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
-    g, beta = (only(x, there) for x in jax.vmap(gates_of, 1, 1)(*tokens[3:]))
+    g, beta = (only(x, there) for x in gates_of(*tokens[3:]))
     g = jnp.where(g < -128, -128, g)  # exp(-128) is 0, as exp(-inf) is
     if use_qk_l2norm:
         tokens[:2] = (x / norm(x) for x in tokens[:2])

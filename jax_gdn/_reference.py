@@ -118,8 +118,10 @@ def as_gates(A_log, dt_bias, lower_bound, allow_neg_eigval, a, b):
     """Log decay and write strength; without `A_log`, a and b are these."""
     if A_log is None:
         return a, b
-    x = a + dt_bias.astype(jnp.float32)[None]
-    A_log = jnp.expand_dims(A_log.astype(jnp.float32), [0, *range(2, x.ndim)])
+    lead = a.ndim - dt_bias.ndim  # B, or B and T, or more
+    x = a + jnp.expand_dims(dt_bias.astype(jnp.float32), range(lead))
+    others = [i for i in range(a.ndim) if i != lead]
+    A_log = jnp.expand_dims(A_log.astype(jnp.float32), others)
     beta = jax.nn.sigmoid(b) * (2 if allow_neg_eigval else 1)
     if lower_bound is None:
         return -decay_rate(A_log, x), beta
@@ -260,8 +262,7 @@ def reference_decode_deferred(
         return out, pool.reshape(state.shape), rings
     T, R = q.shape[1], pending[0].shape[2]
     gates: Any = [a, b] if g is None else [g, beta]
-    slots = state_indices, output_state_indices
-    rows = plan_rows(cursors, R, window, T, *slots, fold)
+    rows = plan_rows(cursors, R, window, T, state_indices, output_state_indices, fold)
     gates_of = ft.partial(as_gates, A_log, dt_bias, lower_bound, allow_neg_eigval)
     S = _read(state, rows.read).astype(jnp.float32)
     S = S if state_layout == "KV" else S.mT
@@ -276,8 +277,7 @@ def reference_decode_deferred(
         return S, (out, entry)
 
     tokens = [only(x, rows.valid).astype(jnp.float32) for x in (q, k, v, *gates)]
-    tokens = [jnp.moveaxis(x, 1, 0) for x in tokens]
-    _, (out, entries) = lax.scan(step, S, tokens)
+    _, (out, entries) = lax.scan(step, S, [jnp.moveaxis(x, 1, 0) for x in tokens])
     entries = [jnp.moveaxis(x, 0, 1) for x in entries]
     pending = [rows.append(x, new) for x, new in zip(pending, entries, strict=True)]
     factor = q.shape[-1] ** -0.5 if scale is None else scale

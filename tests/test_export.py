@@ -100,6 +100,26 @@ def test_both_platforms_hold_the_call():
     assert "stablehlo.exponential" not in text  # of the reference
 
 
+def test_any_number_of_tokens():
+    (T,) = export.symbolic_shape("T")
+    arrays = host_arrays(DENSE)
+    specs = {
+        name: jax.ShapeDtypeStruct((len(x), T, *x.shape[2:]), x.dtype)
+        if name in ("q", "k", "v", "a", "b")
+        else jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in arrays.items()
+    }
+    program = export.export(
+        jax.jit(step(DENSE)),
+        platforms=("cpu", "cuda"),
+        disabled_checks=jax_gdn.DISABLE_JAX_EXPORT_CHECKS,
+    )(*split(specs))
+    given = split(jax.tree.map(jnp.asarray, arrays))
+    got, want = program.call(*given), jax.jit(step(DENSE))(*given)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.cuda_build
 def test_fallback_is_exported_for_its_platform_alone():
     odd = Case(B=4, K=96)
