@@ -233,24 +233,32 @@ def gradients(report: Report) -> str:
 
 def scaling(report: Report) -> str:
     """A step of many layers on several devices, us a layer."""
-    results = report["results"]
-    rows = [
-        [name, *(f"{one['rows'][name]['us_a_layer']:.1f}" for one in results)]
-        for name in results[0]["rows"]
-    ]
-    head = [f"B = {one['B']} a device" for one in results]
-    return _table(["us a layer", *head], rows)
+    head = [f"B = {one['B']} a device" for one in report["results"]]
+    return _each_way(
+        report, ["us a layer", *head], lambda row: f"{row['us_a_layer']:.1f}"
+    )
 
 
 def prefill(report: Report) -> str:
     """Ways to take a prompt, ms a call."""
+    head = [f"{one['B']} x {one['T']}" for one in report["results"]]
+    return _each_way(
+        report,
+        ["ms a call, B x T =", *head],
+        lambda row: f"{row['median_us'] / 1000:.2f}",
+    )
+
+
+def _each_way(report: Report, head: list[str], cell: Callable[[Report], str]) -> str:
+    """A row for each way, a column for each size."""
     results = report["results"]
-    rows = [
-        [way, *(f"{one['rows'][way]['median_us'] / 1000:.2f}" for one in results)]
-        for way in results[0]["rows"]
-    ]
-    head = [f"{one['B']} x {one['T']}" for one in results]
-    return _table(["ms a call, B x T =", *head], rows)
+    return _table(
+        head,
+        (
+            [way, *(cell(one["rows"][way]) for one in results)]
+            for way in results[0]["rows"]
+        ),
+    )
 
 
 def bench(report: Report) -> str:
