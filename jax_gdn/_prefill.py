@@ -67,8 +67,8 @@ def prefill(
             the others hold is not read, their output is 0, and the state is that after
             the last that counts. Below 0 is 0; above T is T. Default: all.
         precision: Of the chunks' products, by how many of bfloat16 pieces a GPU makes
-            them: "bf16x6", as exact as float32 (results to 1e-6); "bf16x3" (1e-5); or
-            "bf16" (4e-3). A CPU has float32 in place of the former two.
+            them: "bf16x6", as exact as float32; "bf16x3", whose operands are rounded to
+            2^-16; or "bf16", to 2^-9. A CPU has float32 in place of the former two.
         implementation: "native" is `decode` with all T on a platform that has a kernel
             for it, "xla" the chunked form on any. None takes the faster one.
 
@@ -81,5 +81,6 @@ def prefill(
 
     Sources: Yang et al., arXiv:2406.06484, for the chunked form; arXiv:2412.06464.
     """
+    # None, which is no choice, would make it a call of `decode`.
     results = run(locals(), precision=str(precision))
     return results.out, results.state
