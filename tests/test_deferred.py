@@ -87,6 +87,12 @@ class Server:
         self._advance_plain(plain, accepted, slots)
         return np.asarray(out)
 
+    def join(self, slot: int, state: np.ndarray):
+        """A new request takes a slot; what its ring holds is of the last one."""
+        self.state = self.state.at[slot].set(state)
+        self.cursors = self.cursors.at[slot].set(0)
+        self.plain[slot] = state
+
     def _advance_plain(self, plain, accepted, slots):
         B, T = plain["q"].shape[:2]
         reads = slots.get("state_indices", np.arange(B))
@@ -168,7 +174,10 @@ def run_pool(case: Case, implementation: str, steps: int) -> None:
     """Rows join, leave, move to other slots, fold and are padding, at random."""
     server = Server(case, implementation=implementation)
     rng = np.random.default_rng(0)
+    states = case.inputs()["state"]
     for i in range(steps):
+        if i % 4 == 3:
+            server.join(int(rng.integers(case.N)), states[rng.integers(case.N)])
         reads = rng.permutation(case.N)[: case.B]
         free = np.setdiff1d(np.arange(case.N), reads)
         moves = rng.random(case.B) < 0.15
@@ -203,6 +212,19 @@ def test_pool(case, implementation):
 @ON_HOST
 def test_two_thousand_steps(case):
     run_pool(case, "native", 2000)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "share", "most"), [(1, 0.167, 0.18), (8, 0.236, 0.25)]
+)
+def test_the_memory_of_rings(max_tokens, share, most):
+    """The shares of a float32 state that the documentation names."""
+    state = jax.ShapeDtypeStruct((1, 32, 128, 128), jnp.float32)
+    rings = jax.eval_shape(
+        lambda: jax_gdn.new_pending(state, 16, max_tokens=max_tokens)
+    )
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(rings)]
+    assert round(sum(sizes) / (state.size * 4), 3) == share < most
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

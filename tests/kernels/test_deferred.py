@@ -46,6 +46,7 @@ CALLS = [  # T, window, entries beyond the fewest, changes
     (2, 7, 0, {"H": 1, "HV": 2, "use_qk_l2norm": False, "qk_norm": 1.0}),
     (4, 16, 2, {"H": 1, "HV": 2, "given": True}),
     (8, 16, 0, {"H": 2, "HV": 2, "lower_bound": -5.0, "allow_neg_eigval": True}),
+    (7, 11, 1, {"H": 1, "HV": 2}),
 ]
 
 
@@ -74,7 +75,7 @@ def run_call(one: module.Instance, call: int, **options) -> None:
     judge(inputs, launch.decode(inputs, **options), window, **case.settings)
 
 
-@calls([0, 1, 2, 3, 4])
+@calls([0, 1, 2, 3, 4, 5])
 def test_float64(one, call):
     run_call(one, call)
 
