@@ -231,7 +231,8 @@ def token_by_token(settings: Settings, operands: Operands) -> Results:
         axes=axes._replace(A_log=None, dt_bias=None),
     )
     operands = operands._replace(A_log=None, dt_bias=None, **tokens)
-    return native(given, operands)  # without q, `out` is 0
+    results = native(given, operands)
+    return results._replace(out=only(results.out, there))
 
 
 def _chunks_pay(platform: str, operands: Operands) -> bool:

@@ -22,7 +22,7 @@ from jax import Array, export, lax
 
 from jax_gdn._reference import as_gates, norm, one_pool, only, states_of_rows, stored
 
-CHUNK = 64
+_CHUNK = 64
 # Tokens within which a decay a channel is multiplied out, which takes their square.
 _BLOCK = 16
 # Tokens times value heads that are worked on at once; each takes some 8 KB meanwhile.
@@ -79,7 +79,7 @@ def chunked_prefill(
         tokens[:2] = (x / norm(x) for x in tokens[:2])
     tokens[0] = (q.shape[-1] ** -0.5 if scale is None else scale) * tokens[0]
 
-    size = min(CHUNK, 1 << (T - 1).bit_length())
+    size = min(_CHUNK, 1 << (T - 1).bit_length())
     number = math.ceil(T / size)
     rows = 1 if export.is_symbolic_dim(B) else max(B, 1)
     segments = math.ceil(number * size * rows * v.shape[2] / _SEGMENT)
@@ -88,6 +88,7 @@ def chunked_prefill(
     S = S.astype(jnp.float32) if state_layout == "KV" else S.astype(jnp.float32).mT
     S, out = lax.scan(jax.checkpoint(ft.partial(_segment, precision)), S, tokens)
     out = jnp.moveaxis(out, (0, 4), (1, 3)).reshape(B, -1, *v.shape[2:])[:, :T]
+    out = only(out, there)  # which a state that is NaN would make NaN
     state = stored(S if state_layout == "KV" else S.mT, state, write, valid)
     return out.astype(q.dtype if output is None else output.dtype), state
 
@@ -179,7 +180,7 @@ def _between(g):
 
 
 def _masked(mask, x, other):
-    """X where the mask of its last axes is 1."""
+    """Returns x where the mask of its last axes is 1, and the other elsewhere."""
     mask = jnp.expand_dims(mask.astype(bool), range(x.ndim - mask.ndim))
     return jnp.where(mask, x, other)
 

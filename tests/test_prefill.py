@@ -164,6 +164,20 @@ def test_a_row_is_as_long_as_it_says(form, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_stays_in_its_row_and_leaves_padding_0(implementation):
+    case = Case(T=70, **SIZES)
+    arrays = correlated(case) | {"lengths": np.array([70, 40], np.int32)}
+    want = prefill(case, arrays, implementation=implementation)
+    arrays["state"][1] = np.nan
+    arrays["v"][1, 3] = np.inf
+    out, state = prefill(case, arrays, implementation=implementation)
+    np.testing.assert_array_equal(out[0], want[0][0])
+    np.testing.assert_array_equal(state[0], want[1][0])
+    assert np.isnan(np.asarray(out[1, :40], np.float32)).all()
+    assert not np.asarray(out[1, 40:]).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_lengths_outside(implementation):
     case = Case(T=5, **SIZES)
     arrays = {name: jnp.asarray(x) for name, x in correlated(case).items()}
