@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Sequence
 
 COMMANDS = ("bench", "compare", "replay", "layers", "counters", "accuracy", "scaling")
-COMMANDS += ("costs", "deferred", "prefill", "picture", "ptx", "tables")
+COMMANDS += ("costs", "deferred", "prefill", "model", "picture", "ptx", "tables")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

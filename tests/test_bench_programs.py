@@ -1,13 +1,16 @@
 """The benchmarks of whole programs: they compute what they say they time."""
 
 import argparse
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import costs, layers, loops, scaling, workload
+from benchmarks import costs, layers, loops, model, scaling, workload
+from benchmarks.__main__ import main
+from tests.hlo import TARGET
 
 
 @pytest.mark.parametrize("donate", [True, False])
@@ -78,3 +81,27 @@ def test_checkpoint_around_four_steps_saves_memory():
     one_call, scan, each, four = states
     assert four < 0.8 * scan < 0.5 * one_call
     assert each > 0.9 * scan
+
+
+@pytest.mark.slow
+def test_model_counts_kept_tokens_and_leaves_out_its_parts(tmp_path):
+    """Speculation keeps what the stated acceptance says, and no part is there twice."""
+    file = tmp_path / "model.json"
+    given = ["--batch", "2", "--context", "64", "--ways", "native", "deferred"]
+    given += ["--drafted", "2", "--acceptance", "0", "1"]
+    given += ["--prompts", "1x64", "--seconds", "0.01", "--rounds", "2"]
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        main(["model", *given, "--json", str(file)])
+        timed = model.Model("tiny", 64, None, False)
+        without = {
+            name: timed.loop(parts, places=1)._lowered.as_text().count(TARGET)
+            for name, parts in {"nothing": [], **model.PARTS}.items()
+        }
+    steps, prompts = json.loads(file.read_text("utf-8"))["results"]
+    tokens = {name: row["tokens_a_step"] for name, row in steps["rows"].items()}
+    assert tokens.pop("2 drafts, 100% accepted") == 6
+    assert set(tokens.values()) == {2}
+    assert set(prompts["rows"]) == {"prompts", "without the gated delta rule"}
+    assert all(row["ms"] > 0 for row in (steps["rows"] | prompts["rows"]).values())
+    without_calls = {n for n, calls in without.items() if calls == 0}
+    assert without_calls == {"the gated delta rule", "GDN layers"}

@@ -33,8 +33,10 @@ def test_no_cache_of_a_model_is_copied(h100, deferred):
     cache = jax.eval_shape(lambda: model.new_cache(four, options, jnp.bfloat16))
     cache, key = jax.tree.map(spec, (cache, jax.eval_shape(lambda: jax.random.key(0))))
     row = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=h100)
+    drafted = jax.ShapeDtypeStruct((64, 1, 2560), jnp.bfloat16, sharding=h100)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        lowered = model.decode.lower(four, options, params, cache, row, row, key, 16)
+        given = four, options, params, cache, row, drafted, row, key, 16
+        lowered = model.decode.lower(*given)
     compiled = lowered.compile()
     text = compiled.as_text()
     assert calls(text, DEFERRED_TARGET if deferred else TARGET) == 3

@@ -27,6 +27,9 @@ WAYS = [
     {"deferred": True, "drafted": 3},
     pytest.param({"implementation": "xla", "places": 1}, marks=pytest.mark.slow),
     pytest.param(
+        {"temperature": 1e-4, "deferred": True, "drafted": 3}, marks=pytest.mark.slow
+    ),
+    pytest.param(
         {"devices": 2, "deferred": True, "drafted": 1}, marks=pytest.mark.slow
     ),
 ]
@@ -91,8 +94,9 @@ def test_a_request_ends_with_its_token(way):
 
 
 @pytest.mark.slow
-def test_samples_repeat_with_their_seed():
-    first, again, other = (made(temperature=1.0, seed=seed) for seed in (1, 1, 2))
+@pytest.mark.parametrize("way", [{}, {"deferred": True, "drafted": 1}], ids=str)
+def test_samples_repeat_with_their_seed(way):
+    first, again, other = (made(temperature=1.0, seed=x, **way) for x in (1, 1, 2))
     assert first == again != other
 
 

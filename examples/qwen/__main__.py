@@ -29,15 +29,13 @@ def parsed() -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--seed", type=int, default=0, help="of samples and of random weights (0)")
     add("--deferred", action="store_true", help="write states once in 16 tokens")
-    drafts = "tokens that the draft head (MTP) adds to a step; greedy; --deferred"
+    drafts = "tokens that the draft head (MTP) adds to a step; brings --deferred"
     add("--drafted", type=int, default=0, metavar="N", help=drafts)
     add("--mesh", type=int, default=1, metavar="N", help="devices to split over (1)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--state", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--implementation", choices=("native", "xla"), help="of the gated delta rule")
     given = parser.parse_args()
-    if given.drafted and given.temperature:
-        parser.error("--drafted is greedy: leave out --temperature")
     if not 0 <= given.drafted <= 7:
         parser.error(f"--drafted must be from 0 to 7; got {given.drafted}")
     if not 1 <= given.mesh <= jax.device_count():

@@ -65,14 +65,9 @@ def serve(
             for n, request, made in zip(rows, joining, np.asarray(first), strict=True):
                 running[int(n)] = request
                 request.made.append(int(made))
-        if options.drafted:
-            made, token, drafted, left, cache = model.speculate(
-                config, options, params, cache, token, drafted, left, STEPS
-            )
-        else:
-            made, token, left, cache = model.decode(
-                config, options, params, cache, token, left, of_steps, STEPS
-            )
+        made, token, drafted, left, cache = model.decode(
+            config, options, params, cache, token, drafted, left, of_steps, STEPS
+        )
         rest = np.asarray(left)
         for n, row in enumerate(np.asarray(made).reshape(options.places, -1)):
             if n in running:

@@ -67,9 +67,16 @@ def attention(config: Config, w: Weights, x: Array, cache: Cache, at: Where):
     cache = {name: cache[name].at[tokens].set(y, mode="drop") for name, y in new}
     if at.lengths is None:  # row n is place n
         k, v = (jnp.swapaxes(y, 1, 2) for y in cache.values())
-    mask = (jnp.arange(k.shape[1]) <= at.positions[..., None])[:, None]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask) * jax.nn.sigmoid(gate)
-    return jnp.einsum("btnk,hnk->bth", out, w["o_proj"]), cache
+
+    def attend(token):
+        q, position = (y[:, None] for y in token)
+        mask = (jnp.arange(k.shape[1]) <= position[..., None])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)[:, 0]
+
+    # Of a long prompt 512 tokens at a time: all of T x T would not fit.
+    by_token = (jnp.swapaxes(y, 0, 1) for y in (q, at.positions))
+    out = jnp.swapaxes(lax.map(attend, tuple(by_token), batch_size=512), 0, 1)
+    return jnp.einsum("btnk,hnk->bth", out * jax.nn.sigmoid(gate), w["o_proj"]), cache
 
 
 def convolution(w: Array, x: Array, ring: Array, at: Where) -> tuple[Array, Array]:
@@ -98,12 +105,13 @@ def linear_attention(config: Config, w: Weights, x: Array, cache: Cache, at: Whe
     """The gated delta rule, behind its projections and the short convolution."""
     (B, T, _), HV = x.shape, config.linear_num_value_heads
     K, V = config.linear_key_head_dim, config.linear_value_head_dim
-    qkvz = jnp.einsum("bth,gch->btgc", x, w["in_proj_qkvz"])
-    parts = 2 * K + HV // config.linear_num_key_heads * V
-    inputs, ring = convolution(w["conv1d"], qkvz[..., :parts], cache["ring"], at)
-    q, k, v = jnp.split(inputs, [K, 2 * K], axis=-1)
-    v, z = (y.reshape(B, T, HV, V) for y in (v, qkvz[..., parts:]))
-    b, a = jnp.split(jnp.einsum("bth,gch->btgc", x, w["in_proj_ba"]), 2, axis=-1)
+    R = HV // config.linear_num_key_heads
+    parts = [2 * K + R * V, 2 * (K + R * V), 2 * (K + R * V) + R]
+    inputs = jnp.einsum("bth,gch->btgc", x, w["in_proj"])
+    qkv, z, b, a = jnp.split(inputs, parts, axis=-1)
+    qkv, ring = convolution(w["conv1d"], qkv, cache["ring"], at)
+    q, k, v = jnp.split(qkv, [K, 2 * K], axis=-1)
+    v, z = (y.reshape(B, T, HV, V) for y in (v, z))
     given: dict[str, Any] = {"q": q, "k": k, "v": v, "state": cache["state"]}
     given |= {"a": a.reshape(B, T, HV), "b": b.reshape(B, T, HV)}
     given |= {"A_log": w["A_log"], "dt_bias": w["dt_bias"]}
@@ -122,7 +130,11 @@ def linear_attention(config: Config, w: Weights, x: Array, cache: Cache, at: Whe
     return jnp.einsum("btnv,hnv->bth", out, w["out_proj"]), cache
 
 
-def mlp(w: Weights, x: Array) -> Array:
+def mlp(config: Config, w: Weights, x: Array) -> Array:
+    return experts(config, w, x) if "experts" in w else dense(w, x)
+
+
+def dense(w: Weights, x: Array) -> Array:
     gate, up = (jnp.einsum("...h,ih->...i", x, w[name]) for name in GATE_UP)
     return jnp.einsum("...i,hi->...h", jax.nn.silu(gate) * up, w["down_proj"])
 
@@ -152,4 +164,4 @@ def experts(config: Config, w: Weights, x: Array) -> Array:
         out = out.reshape(*chosen.shape, -1)
     out = jnp.sum(scores[..., None] * out, 1)
     shared = jax.nn.sigmoid(jnp.einsum("nh,oh->no", tokens, w["shared_expert_gate"]))
-    return (out + shared * mlp(w["shared_expert"], tokens)).reshape(x.shape)
+    return (out + shared * dense(w["shared_expert"], tokens)).reshape(x.shape)

@@ -10,17 +10,9 @@ from jax import Array, lax
 
 import jax_gdn
 
+from . import layers
 from .config import Config
-from .layers import (
-    Cache,
-    Weights,
-    Where,
-    attention,
-    experts,
-    linear_attention,
-    mlp,
-    norm,
-)
+from .layers import Cache, Weights, Where, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +31,9 @@ class Options:
     def nowhere(self) -> int:
         """A row that is no place."""
         return self.places + 1
+
+
+GREEDY = Options()
 
 
 def new_cache(config: Config, options: Options, dtype: Any) -> Cache:
@@ -76,13 +71,12 @@ def block(config: Config, w: Weights, x: Array, cache: Cache, at: Where):
     """A layer: attention of its kind, then an MLP or experts, each beside a sum."""
     y = norm(x, w["input_layernorm"], config.rms_norm_eps)
     if "self_attn" in w:
-        y, cache = attention(config, w["self_attn"], y, cache, at)
+        y, cache = layers.attention(config, w["self_attn"], y, cache, at)
     else:
-        y, cache = linear_attention(config, w["linear_attn"], y, cache, at)
+        y, cache = layers.linear_attention(config, w["linear_attn"], y, cache, at)
     x = x + y
     y = norm(x, w["post_attention_layernorm"], config.rms_norm_eps)
-    y = experts(config, w["mlp"], y) if config.num_experts else mlp(w["mlp"], y)
-    return x + y, cache
+    return x + layers.mlp(config, w["mlp"], y), cache
 
 
 def forward(config, options, weights, cache, tokens, rows, start, lengths=None):
@@ -151,38 +145,52 @@ def pick(options: Options, logits: Array, key: Array) -> Array:
     return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
 
 
-@ft.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
-def decode(config, options, weights, cache, token, left, key, steps):
-    """Decodes: one token of each row a step, until a row has none `left` to make.
+@ft.partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=3)
+def decode(config, options, weights, cache, token, drafted, left, key, steps):
+    """Decodes: a token of each row a step, until a row has none `left` to make.
 
-    Returns tokens [B, steps], -1 where a row made none, and what goes on.
+    With drafts a step verifies T tokens and keeps those that the model would have made
+    itself; wrong ones are taken back by the lengths and the cursors alone. `drafted`,
+    [B, 1, hidden], is what the draft head made of the last token. Returns tokens
+    [B, steps, T], -1 where there is none, and what goes on.
     """
     places = jnp.arange(options.places, dtype=jnp.int32)
 
     def step(carry, key):
-        cache, token, left = carry
+        cache, token, drafted, left = carry
         rows = jnp.where(left > 0, places, options.nowhere)
-        x, cache = forward(
-            config, options, weights, cache, token[:, None], rows, cache["lengths"]
-        )
-        new = pick(options, logits_of(weights, x[:, 0]), key)
-        made = jnp.where(left > 0, new, -1)
-        cache = advance(options, cache, rows, 1, left > 0)
-        left = jnp.where(ends(config, new), 0, jnp.maximum(left - 1, 0))
-        return (cache, jnp.where(made < 0, token, new), left), made
+        start, tokens, y = cache["lengths"], [token[:, None]], drafted
+        for i in range(options.drafted):
+            if i:
+                given = y, tokens[-1], rows, start + i - 1
+                y, cache = draft(config, weights, cache, *given)
+            tokens.append(pick(GREEDY, logits_of(weights, y), key))
+        tokens = jnp.concatenate(tokens, 1)
+        x, cache = forward(config, options, weights, cache, tokens, rows, start)
+        new = pick(options, logits_of(weights, x), key)
+        right = jnp.cumprod((tokens[:, 1:] == new[:, :-1]).astype(jnp.int32), 1)
+        good = jnp.minimum(1 + jnp.sum(right, 1), left)
+        end = jnp.isin(new, jnp.array(config.eos_token_id or (-1,), jnp.int32))
+        before_end = jnp.cumsum(end, 1) - end == 0
+        keep = (jnp.arange(new.shape[1]) < good[:, None]) & before_end
+        kept = jnp.sum(keep, 1, dtype=jnp.int32)
+        cache = advance(options, cache, rows, new.shape[1], kept)
+        last, some = jnp.maximum(kept - 1, 0)[:, None], kept > 0
+        token = jnp.where(some, jnp.take_along_axis(new, last, 1)[:, 0], token)
+        if options.drafted:  # the draft head takes true hidden states
+            x, cache = draft(config, weights, cache, x, new, rows, start)
+            moved = jnp.take_along_axis(x, last[..., None], 1)
+            drafted = jnp.where(some[:, None, None], moved, drafted)
+        left = jnp.where(jnp.any(keep & end, 1), 0, left - kept)
+        return (cache, token, drafted, left), jnp.where(keep, new, -1)
 
     keys = jax.random.split(key, steps)
-    (cache, token, left), made = lax.scan(step, (cache, token, left), keys)
-    return made.T, token, left, cache
-
-
-def ends(config: Config, token: Array) -> Array:
-    return jnp.isin(token, jnp.array(config.eos_token_id or (-1,), jnp.int32))
+    (cache, *carry), made = lax.scan(step, (cache, token, drafted, left), keys)
+    return jnp.moveaxis(made, 0, 1), *carry, cache
 
 
 def advance(options: Options, cache: Cache, rows: Array, tokens: int, kept) -> Cache:
     """The caches after a step of so many tokens, of which each row keeps some."""
-    kept = kept.astype(jnp.int32)
     cache = cache | {"lengths": cache["lengths"] + kept}
     if options.deferred:
         linear = next(x for x in cache["layers"] if "pending" in x)
@@ -191,51 +199,3 @@ def advance(options: Options, cache: Cache, rows: Array, tokens: int, kept) -> C
             accepted=kept,
         )  # fmt: skip
     return cache
-
-
-@ft.partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
-def speculate(config, options, weights, cache, token, drafted, left, steps):
-    """Decodes greedily, with drafts: a step verifies T tokens and keeps what is right.
-
-    `drafted`, [B, 1, hidden], is what the draft head made of the last token. Wrong
-    tokens are taken back by the lengths and the cursors alone. Returns tokens
-    [B, steps, T], -1 where there is none, and what goes on.
-    """
-    places = jnp.arange(options.places, dtype=jnp.int32)
-    T = 1 + options.drafted
-
-    def best_of(x):
-        return jnp.argmax(logits_of(weights, x), -1).astype(jnp.int32)
-
-    def step(carry, _):
-        cache, token, drafted, left = carry
-        rows = jnp.where(left > 0, places, options.nowhere)
-        start, tokens = cache["lengths"], [token[:, None], best_of(drafted)]
-        for i in range(options.drafted - 1):
-            drafted, cache = draft(
-                config, weights, cache, drafted, tokens[-1], rows, start + i
-            )
-            tokens.append(best_of(drafted))
-        tokens = jnp.concatenate(tokens, 1)
-        x, cache = forward(config, options, weights, cache, tokens, rows, start)
-        best = best_of(x)
-        right = jnp.cumprod((tokens[:, 1:] == best[:, :-1]).astype(jnp.int32), 1)
-        good = jnp.minimum(1 + jnp.sum(right, 1), left)
-        end = ends(config, best).astype(jnp.int32)
-        before_end = jnp.cumsum(end, 1) - end == 0
-        keep = (jnp.arange(T)[None] < good[:, None]) & before_end
-        kept = jnp.sum(keep, 1).astype(jnp.int32)
-        # The draft head takes the true hidden states, and what follows them.
-        x, cache = draft(config, weights, cache, x, best, rows, start)
-        cache = advance(options, cache, rows, T, kept)
-        last = jnp.maximum(kept - 1, 0)[:, None]
-        some = kept > 0
-        token = jnp.where(some, jnp.take_along_axis(best, last, 1)[:, 0], token)
-        moved = jnp.take_along_axis(x, last[..., None], 1)
-        drafted = jnp.where(some[:, None, None], moved, drafted)
-        left = jnp.where(jnp.any(keep & (end > 0), 1), 0, left - kept)
-        return (cache, token, drafted, left), jnp.where(keep, best, -1)
-
-    carry = cache, token, drafted, left
-    (cache, *carry), made = lax.scan(step, carry, length=steps)
-    return jnp.moveaxis(made, 0, 1), *carry, cache

@@ -1,9 +1,9 @@
 """Weights: random ones of a size, or those of a local Hugging Face directory.
 
 Names are those of the files. Two things lie otherwise. What a linear layer projects
-comes by key head, [q K, k K, v R V, z R V] of each with R = HV / H, as Qwen3-Next has
-it: one product makes all four, and devices split it by heads. And the experts of a
-layer are one array, [E, in, out].
+comes by key head, [q K, k K, v R V, z R V, b R, a R] of each with R = HV / H, much as
+Qwen3-Next has it: one product makes all six, and devices split it by heads. And the
+experts of a layer are one array, [E, in, out].
 """
 
 import functools as ft
@@ -23,7 +23,7 @@ from .config import Config
 from .layers import Weights
 
 # The axis that a mesh splits: heads, the inner size of an MLP, or words.
-AXES = {"in_proj_qkvz": 0, "in_proj_ba": 0, "conv1d": 1, "A_log": 0, "dt_bias": 0}
+AXES = {"in_proj": 0, "conv1d": 1, "A_log": 0, "dt_bias": 0}
 AXES |= {"out_proj": 1, "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
 AXES |= {"gate_proj": 0, "up_proj": 0, "down_proj": 1, "embed_tokens": 0, "lm_head": 0}
 OF_EXPERTS = {"gate_proj": 2, "up_proj": 2, "down_proj": 1}
@@ -37,8 +37,8 @@ def shapes(c: Config) -> dict[str, Any]:
     def dense(inner: int) -> dict[str, Any]:
         return {"gate_proj": (inner, h), "up_proj": (inner, h), "down_proj": (h, inner)}
 
-    linear = {"in_proj_qkvz": (H, 2 * (K + R * V), h), "in_proj_ba": (H, 2 * R, h)}
-    linear |= {"conv1d": (c.linear_conv_kernel_dim, H, 2 * K + R * V), "A_log": (HV,)}
+    linear = {"in_proj": (H, 2 * (K + R * V + R), h), "A_log": (HV,)}
+    linear |= {"conv1d": (c.linear_conv_kernel_dim, H, 2 * K + R * V)}
     linear |= {"dt_bias": (HV,), "norm": (V,), "out_proj": (h, HV, V)}
     full = {"q_proj": (N, 2 * size, h), "k_proj": (kv, size, h), "q_norm": (size,)}
     full |= {"v_proj": (kv, size, h), "o_proj": (h, N, size), "k_norm": (size,)}
@@ -169,12 +169,11 @@ def read(config: Config, files: Files, name: str) -> np.ndarray:
     if last == "conv1d":
         taps = by_head(*np.split(get(f"{name}.weight")[:, 0], [K, 2 * K]))
         return np.moveaxis(taps, -1, 0)
-    # Qwen3.5 has these one behind the other.
-    if last == "in_proj_qkvz" and f"{name}.weight" not in files:
-        qkv = np.split(get(f"{prefix}.in_proj_qkv.weight"), [K, 2 * K])
-        return by_head(*qkv, get(f"{prefix}.in_proj_z.weight"))
-    if last == "in_proj_ba" and f"{name}.weight" not in files:
-        return by_head(*(get(f"{prefix}.in_proj_{x}.weight") for x in "ba"))
+    if last == "in_proj":
+        if f"{name}_qkvz.weight" in files:
+            return by_head(*(get(f"{name}_{x}.weight") for x in ("qkvz", "ba")))
+        q, k, v = np.split(get(f"{name}_qkv.weight"), [K, 2 * K])
+        return by_head(q, k, v, *(get(f"{name}_{x}.weight") for x in "zba"))
     if prefix.endswith("experts"):
         each = [f"{prefix}.{i}.{last}.weight" for i in range(config.num_experts)]
         if each[0] in files:
