@@ -5,7 +5,8 @@ import importlib
 from collections.abc import Sequence
 
 COMMANDS = ("bench", "compare", "replay", "layers", "counters", "accuracy", "scaling")
-COMMANDS += ("costs", "deferred", "prefill", "model", "picture", "ptx", "tables")
+COMMANDS += ("costs", "deferred", "prefill", "model", "model_peer", "picture", "ptx")
+COMMANDS += ("tables",)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

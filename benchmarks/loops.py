@@ -1,7 +1,8 @@
 """Decode loops: calls chained through a state that is donated."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -149,3 +150,39 @@ def reference_loop(
     """
     few = states[:REFERENCE_STATES], rests[:REFERENCE_STATES]
     return DeviceLoop(step, *few, in_a_row=1, **options)
+
+
+class Program:
+    """A loop of one program, `(constants, carry) -> carry`, which makes `calls` calls.
+
+    `carry` is in a list, which several programs may have in common: a carry may be
+    gigabytes. Large programs are compiled side by side, by `compile_all`.
+    """
+
+    def __init__(
+        self,
+        program: Callable,
+        constants: Any,
+        carry: list[Any],
+        calls: int = 1,
+        compiler_options: dict[str, Any] | None = None,
+    ):
+        self.calls = calls
+        self._constants, self.carry = constants, carry
+        call = jax.jit(program, donate_argnums=1, compiler_options=compiler_options)
+        self.lowered = call.lower(constants, carry[0])
+
+    def compile(self) -> None:
+        self._call = self.lowered.compile()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.carry[0] = self._call(self._constants, self.carry[0])
+
+    def wait(self) -> None:
+        jax.block_until_ready(self.carry[0])
+
+
+def compile_all(programs: Iterable[Program]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(Program.compile, programs))

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,10 +27,9 @@ from examples.qwen import generate, layers, model, weights
 from examples.qwen.model import Options
 
 from . import timing
-from .loops import COMMAND_BUFFERS
+from .loops import Program, compile_all
 from .machine import machine
 from .options import output_file, positive, seconds, write_json
-from .workload import on_gpu
 
 STEPS = 16  # a program's
 
@@ -86,39 +85,20 @@ def accepting(share: float) -> list[tuple[Any, str, Callable]]:
     return [(model, "logits_of", logits_of)]
 
 
-class Loop:
-    """A `benchmarks.loops.Loop` of one program, compiled in another thread.
-
-    Programs whose caches are alike share one: a batch's caches are gigabytes.
-    """
-
-    def __init__(self, program: Callable, params: Any, carry: list[Any], calls: int):
-        self.calls = calls
-        self._params, self._carry = params, carry
-        options = COMMAND_BUFFERS if on_gpu() else {}
-        call = jax.jit(program, donate_argnums=1, compiler_options=options)
-        self._lowered = call.lower(params, carry[0])
-
-    def compile(self) -> None:
-        self._call = self._lowered.compile()
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self._carry[0] = self._call(self._params, self._carry[0])
-
-    def wait(self) -> None:
-        jax.block_until_ready(self._carry[0])
-
-
 class Model:
     """Weights of a size, and the loops over them."""
 
-    def __init__(self, size: str, context: int, mesh: Mesh | None, drafts: bool):
-        self.config = dataclasses.replace(
-            sizes.SIZES[size], mtp_num_hidden_layers=int(drafts)
-        )
-        self.context, self.mesh = context, mesh
-        self.params = weights.random(self.config, mesh)
+    def __init__(
+        self,
+        config: Any,
+        params: Any,
+        context: int,
+        mesh: Mesh | None = None,
+        compiler_options: dict[str, Any] | None = None,
+    ):
+        self.config, self.params, self.context = config, params, context
+        self.mesh = mesh
+        self.compiler_options = compiler_options
         self._carries: dict[Any, list[Any]] = {}
 
     @property
@@ -141,13 +121,12 @@ class Model:
     def forget(self) -> None:
         self._carries.clear()
 
-    def loop(self, parts: list[Any] = (), prompts: int = 0, **given: Any) -> Loop:
+    def loop(self, parts: list[Any] = (), prompts: int = 0, **given: Any) -> Program:
         options = Options(context=max(self.context, prompts), **given)
         program = self._prompt(options, prompts) if prompts else self._steps(options)
+        carry, calls = self.carry(options), 1 if prompts else STEPS
         with _replaced(list(parts)):
-            return Loop(
-                program, self.params, self.carry(options), 1 if prompts else STEPS
-            )
+            return Program(program, self.params, carry, calls, self.compiler_options)
 
     def _steps(self, options: Options) -> Callable:
         B, room = options.places, STEPS * (1 + options.drafted)
@@ -179,16 +158,15 @@ class Model:
         return prompt
 
 
-def measure(loops: dict[str, Loop], given: argparse.Namespace) -> dict[str, Any]:
+def measure(loops: dict[str, Program], given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each, and the tokens that a row keeps a step."""
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(Loop.compile, loops.values()))
+    compile_all(loops.values())
     kept = {}
     for name, loop in loops.items():
         loop.run(1)
-        before = int(loop._carry[0][3])
+        before = int(loop.carry[0][3])
         loop.run(4)
-        kept[name] = (int(loop._carry[0][3]) - before) / (4 * loop.calls)
+        kept[name] = (int(loop.carry[0][3]) - before) / (4 * loop.calls)
     timings = timing.measure(loops, given.seconds * len(loops), rounds=given.rounds)
     return {
         name: {
@@ -200,9 +178,15 @@ def measure(loops: dict[str, Loop], given: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def _xla_option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--size", choices=sizes.SIZES, default="tiny")
+    add("--directory", type=Path, help="weights to read; default: random ones")
     add("--batch", type=positive, nargs="*", default=[1, 8], help="rows (1 8)")
     add("--context", type=positive, default=1024, help="tokens of a row (1024)")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -212,6 +196,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--acceptance", type=float, nargs="+", default=[0.7], help="of a draft (0.7)")
     add("--prompts", nargs="*", default=[], help="B x T, as 1x4096")
     add("--mesh", type=positive, default=1, help="devices to split over (1)")
+    add("--xla", nargs="*", type=_xla_option, default=[], metavar="NAME=VALUE",
+        help="options of XLA's compiler")  # fmt: skip
     add("--seconds", type=seconds, default=2.0, help="a row")
     add("--rounds", type=positive, default=7)
     add("--json", type=output_file)
@@ -220,13 +206,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     devices = np.array(jax.devices()[: given.mesh])
     mesh = Mesh(devices, ("heads",)) if given.mesh > 1 else None
-    timed = Model(given.size, given.context, mesh, bool(given.drafted))
+    config, xla = sizes.SIZES[given.size], dict(given.xla)
+    if given.directory:
+        config = sizes.read(given.directory)
+        params = weights.load(config, given.directory, mesh, jnp.bfloat16)
+    else:
+        drafts = int(bool(given.drafted))
+        config = dataclasses.replace(config, mtp_num_hidden_layers=drafts)
+        params = weights.random(config, mesh)
+    timed = Model(config, params, given.context, mesh, xla)
     report: dict[str, Any] = {"machine": machine(), "size": given.size}
-    report |= {"context": given.context, "mesh": given.mesh, "results": []}
+    report |= {"context": given.context, "mesh": given.mesh, "xla": xla}
+    report["results"] = []
     report["weight_gb"] = timed.weight_bytes / 1e9
     print(f"{given.size}: {report['weight_gb']:.2f} GB of weights")
 
-    def done(name: str, B: int, loops: dict[str, Loop], **more: Any) -> None:
+    def done(name: str, B: int, loops: dict[str, Program], **more: Any) -> None:
         rows = measure(loops, given)
         timed.forget()
         report["results"].append({"B": B, "rows": rows, **more})

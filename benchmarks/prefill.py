@@ -7,12 +7,12 @@ looped on the device: an output is the next call's value. Milliseconds a call.
 import argparse
 from typing import Any
 
-import jax
 from jax import lax
 
 from jax_gdn import prefill
 
 from . import timing
+from .loops import Program, compile_all
 from .machine import machine
 from .options import output_file, positive, seconds, write_json
 from .workload import Config, Inputs, model_inputs, split_state
@@ -28,32 +28,23 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Prefills:
-    """A `benchmarks.loops.Loop` of one way."""
+CALLS = 2  # a program's
 
-    calls = 2
 
-    def __init__(self, B: int, T: int, options: dict[str, Any]):
-        state, rest = split_state(model_inputs(Config(B=B, T=T)))
+def prefills(B: int, T: int, options: dict[str, Any]) -> Program:
+    """Calls of one way, the output of one the value of the next."""
+    state, rest = split_state(model_inputs(Config(B=B, T=T)))
+    first = state, rest.pop("v")
 
-        def calls(carry: Any, rest: Inputs) -> Any:
-            def call(_: Any, carry: Any) -> Any:
-                state, v = carry
-                v, state = prefill(**rest, v=v, state=state, **options)
-                return state, v
+    def calls(rest: Inputs, carry: Any) -> Any:
+        def call(_: Any, carry: Any) -> Any:
+            state, v = carry
+            v, state = prefill(**rest, v=v, state=state, **options)
+            return state, v
 
-            return lax.fori_loop(0, self.calls, call, carry)
+        return lax.fori_loop(0, CALLS, call, carry)
 
-        self._carry = state, rest.pop("v")
-        self._rest = rest
-        self._call = jax.jit(calls, donate_argnums=0)
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self._carry = self._call(self._carry, self._rest)
-
-    def wait(self) -> None:
-        jax.block_until_ready(self._carry)
+    return Program(calls, rest, [first], CALLS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +58,8 @@ def run(given: argparse.Namespace) -> None:
     results: dict[str, Any] = {"machine": machine(), "results": []}
     for shape in given.shapes:
         B, T = map(positive, shape.split("x"))
-        loops = {way: Prefills(B, T, options) for way, options in WAYS.items()}
-        for loop in loops.values():
-            loop.run(1)
-            loop.wait()
+        loops = {way: prefills(B, T, options) for way, options in WAYS.items()}
+        compile_all(loops.values())
         timings = timing.measure(loops, given.seconds, rounds=given.rounds)
         rows = {way: times.microseconds for way, times in timings.items()}
         results["results"].append({"B": B, "T": T, "rows": rows})

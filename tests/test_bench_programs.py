@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import costs, layers, loops, model, scaling, workload
 from benchmarks.__main__ import main
+from examples.qwen import config, weights
 from tests.hlo import TARGET
 
 
@@ -92,9 +93,10 @@ def test_model_counts_kept_tokens_and_leaves_out_its_parts(tmp_path):
     given += ["--prompts", "1x64", "--seconds", "0.01", "--rounds", "2"]
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         main(["model", *given, "--json", str(file)])
-        timed = model.Model("tiny", 64, None, False)
+        tiny = config.SIZES["tiny"]
+        timed = model.Model(tiny, weights.random(tiny), 64)
         without = {
-            name: timed.loop(parts, places=1)._lowered.as_text().count(TARGET)
+            name: timed.loop(parts, places=1).lowered.as_text().count(TARGET)
             for name, parts in {"nothing": [], **model.PARTS}.items()
         }
     steps, prompts = json.loads(file.read_text("utf-8"))["results"]

@@ -64,13 +64,13 @@ def leaks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["native", "xla"])
 @pytest.mark.usefixtures("leaks", "host")
-def test_no_tracer_leaks(implementation):
+def test_no_tracer_leaks():
+    """Of the native call, whose derivatives are the reference's."""
     arrays = {n: jnp.asarray(x) for n, x in (CASE.inputs() | CASE.slots).items()}
 
     def loss(arrays):
-        out, state = jax_gdn.decode(**arrays, implementation=implementation)
+        out, state = jax_gdn.decode(**arrays, implementation="native")
         return out.astype(jnp.float32).sum() + state.sum()
 
     state = arrays["state"]

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jax_gdn
-from tests.cases import F32, LAYOUTS, Case
+from tests.cases import F32, Case
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -92,7 +92,7 @@ def grad_of_scan(case, implementation):
         tangent_of_grad,
         *(
             pytest.param(function, marks=pytest.mark.slow)
-            for function in (grad, vmap_of_grad, grad_of_scan)
+            for function in (vmap_of_grad, grad_of_scan)
         ),
     ],
 )
@@ -110,20 +110,23 @@ def test_no_gradient_depends_on_padding(function, case, implementation):
                 assert not rows.any(), name
 
 
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("T", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "per_channel", "implementation"),
+    [
+        *(("KV", x, "native") for x in (False, True)),
+        *(("VK", x, "native") for x in (False, True)),
+        ("KV", False, "xla"),
+        ("VK", True, "xla"),
+    ],
+)
 def test_token_of_no_decay_and_no_strength_changes_nothing(
-    layout, per_channel, T, implementation
+    layout, per_channel, implementation
 ):
     """Left padding: a = b = -inf with finite q, k, v keeps the state bit for bit.
 
     The tokens behind it give what they give alone, and it has no gradient.
     """
-    case = Case(
-        **{**SMALL, "T": T + 2, "N": None}, layout=layout, per_channel=per_channel
-    )
+    case = Case(**{**SMALL, "T": 4, "N": None}, layout=layout, per_channel=per_channel)
     arrays = jax.tree.map(jnp.asarray, case.inputs())
     padded = {
         n: x.at[:, :2].set(-jnp.inf) if n in "ab" else x for n, x in arrays.items()
