@@ -118,7 +118,7 @@ def logits_of_ours(config, options, params, tokens):
         x, cache = forward(
             config, options, params, cache, step[:, None], rows, cache["lengths"]
         )
-        cache = model.advance(options, cache, rows, 1, np.ones(len(rows), bool))
+        cache = model.advance(options, cache, rows, 1, np.ones_like(rows))
         for n in range(len(rows)):
             parts[n].append(x[n])
     return [np.asarray(model.logits_of(params, jnp.concatenate(x))) for x in parts]
