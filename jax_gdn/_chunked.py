@@ -116,11 +116,13 @@ def _in_chunks(x, segments, number, size):
 
 def _segment(precision, S, tokens):
     """The states after some chunks of all rows, and `out` of their tokens."""
-    q, k, v, g, beta = tokens
+    B, number = tokens[0].shape[:2]
+    # Chunks of all rows are one axis: with more, jaxlib 0.10.2 crashes on some CPUs.
+    q, k, v, g, beta = (x.reshape(B * number, *x.shape[2:]) for x in tokens)
     dot = ft.partial(_dot, precision)
-    of_pairs, start, end, total = (_per_head if g.ndim == 4 else _per_channel)(g)
+    of_pairs, start, end, total = (_per_head if g.ndim == 3 else _per_channel)(g)
     kk, qk = of_pairs(dot, k, k), of_pairs(dot, q, k)
-    q, k = (_of_value_heads(x, v.shape[2]) for x in (q, k))
+    q, k = (_of_value_heads(x, v.shape[1]) for x in (q, k))
     L = jnp.tril(beta[..., None] * kk, -1)
     right = beta[..., None] * jnp.concatenate([v, jnp.exp(start) * k], -1)
     UW = dot("ij,jx->ix", _inverse(dot, L), right)
@@ -136,6 +138,7 @@ def _segment(precision, S, tokens):
         return jnp.exp(total) * S + (moved + added), out + inside
 
     parts = of_S, inside[..., :V], added[..., :V], jnp.swapaxes(total, -1, -2)
+    parts = [x.reshape(B, number, *x.shape[1:]) for x in parts]
     S, out = lax.scan(chunk, S, [jnp.moveaxis(x, 1, 0) for x in parts])
     return S, jnp.moveaxis(out, 0, 1)
 
@@ -150,7 +153,7 @@ def _dot(precision, spec, x, y):
 
 
 def _of_value_heads(x, HV):
-    return jnp.repeat(x, HV // x.shape[2], axis=2)
+    return jnp.repeat(x, HV // x.shape[1], axis=1)
 
 
 # Decays of the tokens of a chunk, from their logs: a function that multiplies products
@@ -160,12 +163,12 @@ def _of_value_heads(x, HV):
 
 
 def _per_head(g):
-    """Decays of one number a token: g [B, number, HV, C]."""
+    """Decays of one number a token: g [chunks, HV, C]."""
     between = _between(g[..., None])[..., 0]
     D = jnp.exp(between)
 
     def of_pairs(dot, x, k):
-        return D * _of_value_heads(dot("ik,jk->ij", x, k), g.shape[2])
+        return D * _of_value_heads(dot("ik,jk->ij", x, k), g.shape[1])
 
     start = g[..., :1] + between[..., 0]
     return of_pairs, start[..., None], between[..., -1, :, None], start[..., -1:, None]
@@ -186,7 +189,7 @@ def _masked(mask, x, other):
 
 
 def _per_channel(g):
-    """Decays of K numbers a token: g [B, number, HV, C, K].
+    """Decays of K numbers a token: g [chunks, HV, C, K].
 
     Within blocks they are multiplied out; between blocks a decay is that to the end of
     the earlier block, that from the start of the later one, and what is between.
@@ -205,7 +208,7 @@ def _per_channel(g):
     gaps = sums("ib,bj,...bk->...ijk", earlier, earlier, whole)[..., None, :]
 
     def of_pairs(dot, x, k):
-        x, k = (_of_value_heads(x, g.shape[2]).reshape(*lead, n, c, K) for x in (x, k))
+        x, k = (_of_value_heads(x, g.shape[1]).reshape(*lead, n, c, K) for x in (x, k))
         pairs = x[..., :, None, :] * k[..., None, :, :]
         near = jnp.sum(jnp.exp(between) * pairs, -1)
         decay = tail[..., None, :, :, :] + gaps  # of blocks i, of tokens in blocks j
@@ -221,13 +224,20 @@ def _per_channel(g):
 
 
 def _inverse(dot, L):
-    """(I + L)^-1 of strictly lower L: its halves, and what is between them."""
+    """(I + L)^-1 of strictly lower L: its halves, and what is between them.
+
+    The halves of all are one more axis, however deep.
+    """
+    return _inverses(dot, L[None])[0]
+
+
+def _inverses(dot, L):
     n = L.shape[-1]
     if n == 1:
         return jnp.ones_like(L)
     h = n // 2
-    A, B = L[..., :h, :h], L[..., h:, h:]
-    X = _inverse(dot, jnp.stack([A, B]))
-    below = -dot("ij,jk->ik", X[1], dot("ij,jk->ik", L[..., h:, :h], X[0]))
-    upper = jnp.concatenate([X[0], jnp.zeros_like(below)], -1)
-    return jnp.concatenate([upper, jnp.concatenate([below, X[1]], -1)], -2)
+    halves = jnp.concatenate([L[..., :h, :h], L[..., h:, h:]])
+    first, second = jnp.split(_inverses(dot, halves), 2)
+    below = -dot("ij,jk->ik", second, dot("ij,jk->ik", L[..., h:, :h], first))
+    upper = jnp.concatenate([first, jnp.zeros_like(below)], -1)
+    return jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2)
