@@ -22,7 +22,7 @@ def copies(text: str, shape: tuple[int, ...], dtype: str = "f32") -> int:
     """Counts copies of arrays of a shape, plain and fused."""
     array = rf"{dtype}\[{','.join(map(str, shape))}\]"
     plain = re.findall(rf"= {array}\S* copy(?:-start)?\(", text)
-    fused = re.findall(rf"= {array}\S* fusion\([^\n]*copy", text)
+    fused = re.findall(rf"= {array}\S* fusion\([^\n]*calls=%\S*copy", text)
     return len(plain) + len(fused)
 
 
