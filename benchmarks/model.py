@@ -159,7 +159,7 @@ class Model:
 
 
 def measure(loops: dict[str, Program], given: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of each, and the tokens that a row keeps a step."""
+    """Milliseconds of each, and the tokens that all rows together keep a step."""
     compile_all(loops.values())
     kept = {}
     for name, loop in loops.items():

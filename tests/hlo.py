@@ -22,7 +22,9 @@ def copies(text: str, shape: tuple[int, ...], dtype: str = "f32") -> int:
     """Counts copies of arrays of a shape, plain and fused."""
     array = rf"{dtype}\[{','.join(map(str, shape))}\]"
     plain = re.findall(rf"= {array}\S* copy(?:-start)?\(", text)
-    fused = re.findall(rf"= {array}\S* fusion\([^\n]*calls=%\S*copy", text)
+    # By its own name or that of what it calls; an operand may be some small copy.
+    fusion = rf"(\S+) = {array}\S* fusion\([^\n]*calls=(\S+)"
+    fused = [names for names in re.findall(fusion, text) if "copy" in "".join(names)]
     return len(plain) + len(fused)
 
 
